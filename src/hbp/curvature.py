@@ -1,0 +1,75 @@
+"""The four treatments of a module's second-order term.
+
+Hessian backpropagation through ``z = f(x, θ)`` adds two matrices,
+
+    H_x = J_xᵀ H_z J_x + mod( Σ_k ∇²_x z_k · δ_k ),      δ = ∂loss/∂z,
+
+(the HBP equation of Dangel, Harmeling & Hennig 2020, arXiv 1902.01813). What is done
+to the second one decides which curvature matrix travels backward:
+
+==============  =======================  ======================================
+treatment       mod(R)                   curvature matrix
+==============  =======================  ======================================
+``None``,       R                        Hessian; can be indefinite
+``"none"``
+``"zero"``      0                        generalized Gauss-Newton (GGN)
+``"abs"``       |R|                       positive-curvature Hessian (PCH)
+``"clip"``      max(R, 0)                the other PCH
+==============  =======================  ======================================
+
+``|R|`` and ``max(R, 0)`` act on the eigenvalues of R. For the elementwise layers R
+is diagonal, so they act on its entries, and only the diagonal is ever stored.
+
+With the batch schemes of this package R is *summed over the batch first and
+modified after* ("abs of the mean"), which is not the same matrix as the sum of
+per-sample PCHs.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+Treatment = Callable[[Tensor], Tensor] | None
+"""How a second-order term's diagonal, [features], is modified; None drops it."""
+
+
+def _keep(diagonal: Tensor) -> Tensor:
+    return diagonal
+
+
+def _clip(diagonal: Tensor) -> Tensor:
+    return diagonal.clamp(min=0)
+
+
+_TREATMENTS: Final[dict[str | None, Treatment]] = {
+    None: _keep,
+    "none": _keep,
+    "zero": None,
+    "abs": torch.abs,
+    "clip": _clip,
+}
+
+
+def second_order_treatment(name: str | None) -> Treatment:
+    """Look up the treatment called ``name``.
+
+    Args:
+        name: ``None`` or ``"none"``, ``"zero"``, ``"abs"`` or ``"clip"``.
+
+    Returns:
+        A function from the diagonal of a second-order term, [features], to the
+        modified diagonal, [features]; ``None`` for ``"zero"``, which drops the term.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    # A list or dict is no key; a lookup must not answer with its own TypeError.
+    if not isinstance(name, str | None) or name not in _TREATMENTS:
+        raise ValueError(
+            f"modify_2nd_order_terms={name!r} is unknown. Choose None or 'none' "
+            "(Hessian), 'zero' (generalized Gauss-Newton), 'abs' or 'clip' "
+            "(positive-curvature Hessians)."
+        )
+    return _TREATMENTS[name]

@@ -1,0 +1,209 @@
+"""Output Hessians: where Hessian backpropagation starts.
+
+The curvature of a loss w.r.t. the model's outputs z, summed over the samples,
+
+    H̄ = Σ_n ∂²loss/∂z_n∂z_nᵀ,        [C, C] for C output features.
+
+The 1/N of a mean loss is already in the loss, so for a mean loss this is the
+average of the samples' Hessians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
+    """The Hessian of any loss w.r.t. the outputs, summed over the batch.
+
+    One vectorised pass of double backpropagation. Call it before
+    ``loss.backward()``, which frees the graph.
+
+    Args:
+        loss: A scalar that is a sum or mean over samples of a twice differentiable
+            function of each sample's output. (Terms that couple samples would be
+            added to H̄ without notice.)
+        outputs: z, [N, ...], from which ``loss`` was computed.
+
+    Returns:
+        H̄, [C, C], C features per sample (all dimensions but the first, flattened;
+        C = 1 for outputs of shape [N]), of the dtype and on the device of ``outputs``.
+
+    Raises:
+        ValueError: ``loss`` is no scalar, does not depend on ``outputs``, or the
+            batch is empty.
+        RuntimeError: the graph of ``loss`` is gone.
+        ArithmeticError: the loss or the Hessian has NaN or infinity.
+    """
+    _check_loss(loss)
+    _check_outputs(outputs)
+    features = outputs[0].numel()
+    gradient = _gradient(loss, outputs)
+    if not gradient.requires_grad:  # A loss that is linear in the outputs.
+        return outputs.new_zeros(features, features)
+    # Row c of H̄ is Σ_n ∂(Σ_m ∂loss/∂z_mc)/∂z_n: samples do not mix, so the inner sum
+    # only collects what belongs to sample n. All rows in one batched pass.
+    columns = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
+    (rows,) = torch.autograd.grad(
+        columns.sum(0),
+        outputs,
+        torch.eye(features, dtype=outputs.dtype, device=outputs.device),
+        is_grads_batched=True,
+        retain_graph=True,
+        # Layers take a gradient for that of loss.backward() unless this is set.
+        create_graph=True,
+    )
+    hessian = rows.detach().sum(1).reshape(features, features)
+    return _require_finite(hessian)
+
+
+def output_hessian(
+    loss_func: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor
+) -> Tensor:
+    """The Hessian of ``loss_func(outputs, targets)``, by a formula where one is known.
+
+    The same matrix as ``batch_summed_hessian(loss_func(outputs, targets), outputs)``,
+    only faster for ``CrossEntropyLoss``, ``MSELoss`` and ``BCEWithLogitsLoss`` (with
+    any of their options and ``reduction="mean"`` or ``"sum"``). Any other loss goes
+    to :func:`batch_summed_hessian`.
+
+    Args:
+        loss_func: The loss.
+        outputs: z, [N, ...].
+        targets: What ``loss_func`` takes as its second argument.
+
+    Returns:
+        H̄, [C, C], as from :func:`batch_summed_hessian`.
+
+    Raises:
+        ValueError: the batch is empty, or the loss is no scalar.
+        ArithmeticError: the Hessian has NaN or infinity.
+    """
+    formula = _FORMULAS.get(type(loss_func))
+    reduction = getattr(loss_func, "reduction", None)
+    if formula is None or reduction not in ("mean", "sum") or outputs.dim() < 2:
+        with torch.enable_grad():
+            z = outputs.detach().requires_grad_()
+            return batch_summed_hessian(loss_func(z, targets), z)
+    _check_outputs(outputs)
+    with torch.no_grad():
+        return _require_finite(formula(loss_func, outputs.detach(), targets))
+
+
+def _cross_entropy(loss: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> Tensor:
+    """Σ_n a_n (diag(p_n) - p_n p_nᵀ), per position s of z, [N, C, S]."""
+    logits = z.flatten(2) if z.dim() > 2 else z.unsqueeze(2)
+    classes, positions = logits.shape[1:]
+    p = logits.softmax(1)
+    weighted = _cross_entropy_weights(loss, logits, targets).unsqueeze(1) * p
+    blocks = weighted.sum(0).T.diag_embed() - torch.einsum("ncs,nds->scd", weighted, p)
+    # Positions do not mix: [S, C, C] → [C, S, C, S], zero where they differ.
+    dense = blocks.permute(1, 2, 0).diag_embed().transpose(1, 2)
+    return dense.reshape(classes * positions, classes * positions)
+
+
+def _cross_entropy_weights(
+    loss: nn.CrossEntropyLoss, logits: Tensor, targets: Tensor
+) -> Tensor:
+    """a, [N, S]: the weight of Σ_c t_c log p_c at each sample and position."""
+    count, classes, positions = logits.shape
+    class_weight = logits.new_ones(classes) if loss.weight is None else loss.weight
+    smoothing = loss.label_smoothing
+    if targets.is_floating_point():
+        probability = targets.reshape(logits.shape) * (1 - smoothing)
+        probability = probability + smoothing / classes
+        weights = torch.einsum("c,ncs->ns", class_weight, probability)
+        total = logits.new_tensor(count * positions)
+    else:
+        labels = targets.reshape(count, positions)
+        counted = labels != loss.ignore_index
+        of_label = class_weight[labels.where(counted, 0)] * counted
+        spread = smoothing / classes * class_weight.sum() * counted
+        weights = (1 - smoothing) * of_label + spread
+        total = of_label.sum()
+    return weights if loss.reduction == "sum" else weights / total
+
+
+def _mean_squared_error(loss: nn.MSELoss, z: Tensor, targets: Tensor) -> Tensor:
+    """2N · I for a sum; 2/C · I for torch's mean, which is over all N · C entries."""
+    features = z[0].numel()
+    scale = 2 * len(z) if loss.reduction == "sum" else 2 / features
+    return scale * torch.eye(features, dtype=z.dtype, device=z.device)
+
+
+def _binary_cross_entropy(
+    loss: nn.BCEWithLogitsLoss, z: Tensor, targets: Tensor
+) -> Tensor:
+    """diag(Σ_n w (1 + (v - 1) t) σ(1 - σ)) for weight w and positive weight v."""
+    probability = z.sigmoid()
+    curvature = probability * (1 - probability)
+    if loss.pos_weight is not None:
+        curvature = curvature * (1 + (loss.pos_weight - 1) * targets)
+    if loss.weight is not None:
+        curvature = curvature * loss.weight
+    diagonal = curvature.flatten(1).sum(0)
+    return torch.diag(diagonal if loss.reduction == "sum" else diagonal / z.numel())
+
+
+_FORMULAS: dict[type, Callable[..., Tensor]] = {
+    nn.CrossEntropyLoss: _cross_entropy,
+    nn.MSELoss: _mean_squared_error,
+    nn.BCEWithLogitsLoss: _binary_cross_entropy,
+}
+
+
+def _check_outputs(outputs: Tensor) -> None:
+    if outputs.dim() == 0 or len(outputs) == 0:
+        raise ValueError(
+            f"outputs has shape {list(outputs.shape)}; a batch [N, ...] with at least "
+            "one sample is needed."
+        )
+
+
+def _check_loss(loss: Tensor) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"loss must be a scalar tensor, got {shape}. Use reduction='mean' or "
+            "'sum', or call loss.sum()."
+        )
+    if not bool(loss.isfinite()):
+        raise ArithmeticError(
+            f"loss is {float(loss)}. Check the inputs, or lower the learning rate."
+        )
+
+
+def _gradient(loss: Tensor, outputs: Tensor) -> Tensor:
+    """∂loss/∂z with a graph of its own, of the shape of z."""
+    if not loss.requires_grad or not outputs.requires_grad:
+        raise ValueError(
+            "loss and outputs need a graph: compute outputs = model(inputs) and loss = "
+            "loss_func(outputs, labels) with gradients enabled, outputs not detached."
+        )
+    try:
+        (gradient,) = torch.autograd.grad(
+            loss, outputs, create_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "The graph of loss is gone. Call batch_summed_hessian(loss, outputs) "
+            "before loss.backward()."
+        ) from error
+    if gradient is None:
+        raise ValueError(
+            "loss does not depend on outputs. Pass the very tensor that loss_func got."
+        )
+    return gradient
+
+
+def _require_finite(hessian: Tensor) -> Tensor:
+    if not bool(hessian.isfinite().all()):
+        raise ArithmeticError(
+            "The output Hessian contains NaN or infinity. Check outputs and targets."
+        )
+    return hessian

@@ -1,0 +1,313 @@
+"""The contract of a layer: what the forward pass records, what goes backward.
+
+A layer computes ``z = f(x, θ)``. Its Hessian pass receives the curvature H_z w.r.t.
+its output as an operator, leaves ``p.hessian`` on each of its parameters, and hands
+the curvature H_x w.r.t. its input to the module below. Vectors at a layer's input
+or output are one sample's features, flattened: the batch has been averaged away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hbp.curvature import Treatment, second_order_treatment
+from hbp.operators import DenseOperator, SymmetricOperator, attach_hessian
+
+Blocks = list[tuple[Tensor, SymmetricOperator]]
+"""Parameters and the curvature that ``backward_hessian`` will leave on them."""
+
+
+class Record:
+    """What one forward and backward pass leave behind for the Hessian pass.
+
+    Tensors are kept by reference, without their graph. One that is overwritten in
+    place before it is needed raises an error instead of giving a wrong curvature.
+
+    Args:
+        input: x, [N, ...].
+        output: z, [N, ...].
+        parameters: The layer's own parameters.
+    """
+
+    def __init__(
+        self, input: Tensor, output: Tensor, parameters: Iterable[nn.Parameter]
+    ) -> None:
+        self.accumulated = False
+        self.output_gradient: Tensor | None = None
+        self._input, self._output = input.detach(), output.detach()
+        self._versions = self._input._version, self._output._version
+        self._parameters = list(parameters)
+        self.expects_gradient = output.requires_grad
+        if output.requires_grad:
+            output.register_hook(self._save_output_gradient)
+
+    def _save_output_gradient(self, gradient: Tensor) -> None:
+        """Tensor hook on z: keep δ = ∂loss/∂z (it carries the 1/N of a mean loss).
+
+        Only a plain ``loss.backward()`` counts. ``batch_summed_hessian`` too
+        differentiates w.r.t. the outputs, but with gradients enabled.
+        """
+        if torch.is_grad_enabled():
+            return
+        self.output_gradient = gradient.detach()
+        # The hook runs before this backward pass adds to p.grad: what is there
+        # already comes from another one.
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self.accumulated = any(bool(g.any()) for g in gradients)
+
+    @property
+    def input(self) -> Tensor:
+        """x, [N, ...]."""
+        return self._unchanged(self._input, self._versions[0], "input")
+
+    @property
+    def output(self) -> Tensor:
+        """z, [N, ...]."""
+        return self._unchanged(self._output, self._versions[1], "output")
+
+    @property
+    def shapes(self) -> tuple[torch.Size, torch.Size]:
+        """[N, ...] of x and of z."""
+        return self._input.shape, self._output.shape
+
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype and device of z."""
+        return self._output.dtype, self._output.device
+
+    @staticmethod
+    def _unchanged(tensor: Tensor, version: int, name: str) -> Tensor:
+        if tensor._version != version:
+            raise RuntimeError(
+                f"The {name} of shape {list(tensor.shape)} was changed in place after "
+                "the forward pass, and its curvature with it. Call backward_hessian() "
+                "before overwriting it, or use an out-of-place operation."
+            )
+        return tensor
+
+
+class HBPModule(nn.Module):
+    """Base of every layer that sends curvature backward.
+
+    A layer inherits from this class first and from its ``torch.nn`` counterpart
+    second. It gives a ``forward`` that ends in ``self.record(input, output)``, the
+    rule ``_input_hessian`` and, if it has parameters, ``_parameter_hessians``.
+
+    Nothing else of the ``torch.nn`` counterpart changes. The record is no buffer,
+    is in no ``state_dict``, and is left out of copies and pickles.
+    """
+
+    _record: Record | None = None
+
+    def record(self, input: Tensor, output: Tensor) -> Tensor:
+        """Remember this forward pass and return ``output``; a no-op without grad."""
+        if torch.is_grad_enabled():
+            parameters = self.parameters(recurse=False)
+            self._record = Record(input, output, parameters)
+        return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the record, which belongs to one forward pass."""
+        return {k: v for k, v in self.__dict__.items() if k != "_record"}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients and, with them, ``p.hessian``."""
+        super().zero_grad(set_to_none)
+        for parameter in self.parameters():
+            attach_hessian(parameter, None)
+
+    def set_hbp_approximation(
+        self,
+        average_input_jacobian: bool = True,
+        average_parameter_jacobian: bool = True,
+    ) -> None:
+        """Choose the batch scheme, here and in every HBP module inside.
+
+        Args:
+            average_input_jacobian: ``True`` averages the Jacobian of a nonlinear
+                layer over the batch, E[J]ᵀ H E[J] (Chen et al. 2018). ``False``
+                averages the product, E[Jᵀ H J] (Botev et al. 2017), for which the
+                dense matrix is formed.
+            average_parameter_jacobian: The same choice for a weight: ``True`` gives
+                H ⊗ x̄x̄ᵀ, ``False`` H ⊗ E[xxᵀ].
+
+        Layers to which a choice does not apply ignore it.
+
+        Raises:
+            TypeError: an argument is no bool.
+        """
+        choices = {
+            "average_input_jacobian": average_input_jacobian,
+            "average_parameter_jacobian": average_parameter_jacobian,
+        }
+        for name, value in choices.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be True or False.")
+        for module in self.modules():
+            for name, value in choices.items():
+                if isinstance(module, HBPModule) and hasattr(module, name):
+                    setattr(module, name, value)
+
+    def backward_hessian(
+        self,
+        output_hessian: Tensor | SymmetricOperator,
+        compute_input_hessian: bool = False,
+        modify_2nd_order_terms: str | None = None,
+    ) -> SymmetricOperator | None:
+        """Send curvature backward through this module.
+
+        Call it after ``loss.backward()``. It sets ``p.hessian`` on every parameter
+        that requires a gradient; if it raises, on none. It belongs to the latest
+        forward pass that ran with gradients enabled, and can be called again for
+        that pass, say with another treatment.
+
+        Args:
+            output_hessian: H_z, the curvature w.r.t. the output, [features,
+                features], summed over the batch as by ``batch_summed_hessian``.
+            compute_input_hessian: Whether to return the curvature w.r.t. the input.
+            modify_2nd_order_terms: ``None`` or ``"none"`` (Hessian), ``"zero"``
+                (generalized Gauss-Newton), ``"abs"`` or ``"clip"``
+                (positive-curvature Hessians); see :mod:`hbp.curvature`.
+
+        Returns:
+            H_x, an operator of shape [features, features] over the flattened input
+            features, or ``None``.
+
+        Raises:
+            ValueError: ``output_hessian`` has the wrong shape, dtype or device, is
+                not symmetric or finite; the treatment is unknown; the batch is empty.
+            RuntimeError: no forward pass, or no ``loss.backward()``, came before;
+                gradients were accumulated over several backward passes.
+            ArithmeticError: what was recorded contains NaN or infinity.
+        """
+        treatment = second_order_treatment(modify_2nd_order_terms)
+        operator = as_operator(output_hessian)
+        with torch.no_grad():
+            input_hessian, blocks = self._send_back(
+                operator, treatment, compute_input_hessian
+            )
+        for parameter, block in blocks:
+            attach_hessian(parameter, block)
+        return input_hessian
+
+    def _send_back(
+        self,
+        output_hessian: SymmetricOperator,
+        treatment: Treatment,
+        compute_input_hessian: bool,
+    ) -> tuple[SymmetricOperator | None, Blocks]:
+        """H_x, if asked for, and the parameters' blocks. Changes nothing."""
+        self._check_pass()
+        self._check_hessian(output_hessian)
+        blocks = self._parameter_hessians(output_hessian)
+        if not compute_input_hessian:
+            return None, blocks
+        return self._input_hessian(output_hessian, treatment), blocks
+
+    def _input_hessian(
+        self, output_hessian: SymmetricOperator, treatment: Treatment
+    ) -> SymmetricOperator:
+        """The rule for H_x; every layer has one."""
+        raise TypeError(f"{type(self).__name__} defines no rule _input_hessian.")
+
+    def _parameter_hessians(self, output_hessian: SymmetricOperator) -> Blocks:
+        """The rule for H_θ, for the parameters that require a gradient."""
+        return []
+
+    @property
+    def last_record(self) -> Record:
+        """The record of the latest forward pass with gradients enabled.
+
+        Raises:
+            RuntimeError: there was none.
+        """
+        if self._record is None:
+            raise RuntimeError(
+                f"backward_hessian() before a forward pass through {self}. Run "
+                "outputs = model(inputs) with gradients enabled first."
+            )
+        return self._record
+
+    def _check_pass(self) -> None:
+        """Raise unless a forward and a backward pass left a usable record."""
+        record = self.last_record
+        before, after = record.shapes
+        if len(before) < 2 or len(after) < 2 or before[0] != after[0]:
+            raise ValueError(
+                f"{self} mapped {list(before)} to {list(after)}. The Hessian pass "
+                "needs [N, features...] on both sides: samples first."
+            )
+        if after[0] == 0:
+            raise ValueError(f"The batch that went through {self} is empty.")
+        if record.expects_gradient and record.output_gradient is None:
+            raise RuntimeError(
+                f"backward_hessian() of {self} before loss.backward(). Call "
+                "loss.backward() first (without create_graph)."
+            )
+        if record.accumulated:
+            raise RuntimeError(
+                f"The gradients of {self} are a sum over several backward passes, but "
+                "curvature is known for the last one only. Call zero_grad() before "
+                "each loss.backward(); for a larger batch, use one forward pass."
+            )
+
+    def _check_hessian(self, hessian: SymmetricOperator) -> None:
+        """Raise unless ``hessian`` fits the recorded output."""
+        record = self.last_record
+        features = record.shapes[1][1:].numel()
+        if hessian.shape[0] != features:
+            raise ValueError(
+                f"output_hessian has shape {list(hessian.shape)}, but {self} has "
+                f"{features} output features: [{features}, {features}] is needed."
+            )
+        dtype, device = record.kind
+        if (hessian.dtype, hessian.device) != (dtype, device):
+            raise ValueError(
+                f"output_hessian is {hessian.dtype} on {hessian.device}, but the "
+                f"output of {self} is {dtype} on {device}. Convert it with .to(...)."
+            )
+
+
+def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
+    """An output Hessian as an operator.
+
+    Raises:
+        TypeError: it is neither a tensor nor an operator.
+        ValueError: the matrix is not square, symmetric and finite.
+    """
+    if isinstance(hessian, SymmetricOperator):
+        return hessian
+    if not isinstance(hessian, Tensor):
+        raise TypeError(
+            f"output_hessian is a {type(hessian).__name__}; pass a [C, C] tensor, as "
+            "from batch_summed_hessian(loss, outputs), or an operator."
+        )
+    matrix = hessian.detach()
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(
+            f"output_hessian has shape {list(matrix.shape)}; it must be [C, C] for C "
+            "output features, as from batch_summed_hessian(loss, outputs)."
+        )
+    if not bool(matrix.isfinite().all()):
+        raise ValueError(
+            "output_hessian contains NaN or infinity. Check the loss and the inputs."
+        )
+    # Autograd's round-off is a few eps; a wrong matrix is off by far more.
+    tolerance = torch.finfo(matrix.dtype).eps ** 0.5 * matrix.abs().max()
+    if not bool((matrix - matrix.T).abs().max() <= tolerance):
+        raise ValueError("output_hessian is not symmetric.")
+    return DenseOperator(matrix)
+
+
+def require_finite(statistic: Tensor, what: str, module: nn.Module) -> Tensor:
+    """Return ``statistic``, or raise ArithmeticError if it has NaN or infinity."""
+    if not bool(statistic.isfinite().all()):
+        raise ArithmeticError(
+            f"The {what} of {module} contains NaN or infinity. Check the inputs, the "
+            "weights and the loss of the last forward pass."
+        )
+    return statistic

@@ -1,0 +1,203 @@
+"""Elementwise layers: a name, φ, and its first two derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hbp.curvature import Treatment
+from hbp.modules.base import HBPModule, require_finite
+from hbp.operators import Congruence, DenseOperator, DiagonalMap, SymmetricOperator
+
+Function = Callable[[Tensor], Tensor]
+
+
+class ElementwiseRule(HBPModule):
+    """z = φ(x), applied to every feature on its own.
+
+    Rule, with δ = ∂loss/∂z (Dangel, Harmeling & Hennig 2020)::
+
+        H_x = diag(φ') H_z diag(φ') + mod(diag(φ'' ⊙ δ))
+
+    Over a batch, H_z = H̄ and the first term is E[φ']ᵀ H̄ E[φ'], or with
+    ``average_input_jacobian=False`` E[φ'φ'ᵀ] ⊙ H̄, for which the dense matrix is
+    formed. The second-order term is summed over the batch first, then modified.
+
+    A subclass puts this class before the ``torch.nn`` layer that computes φ, and
+    overrides the derivatives where it knows a formula. Otherwise automatic
+    differentiation finds them.
+    """
+
+    average_input_jacobian: bool = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """z = φ(x), [N, ...] → [N, ...]."""
+        return self.record(input, super().forward(input))
+
+    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        """φ'(x) for x and z = φ(x), both [N, ...]."""
+        return self._differentiate(x)[0]
+
+    def second_derivative(self, x: Tensor, z: Tensor) -> Tensor | None:
+        """φ''(x) for x and z = φ(x), both [N, ...]; None if it is 0 everywhere."""
+        return self._differentiate(x)[1]
+
+    @torch.enable_grad()
+    def _differentiate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # Features do not mix, so the gradient of the sum is the derivative at each.
+        x = x.detach().requires_grad_()
+        first = _gradient_of_sum(super().forward(x), x)
+        return first.detach(), _gradient_of_sum(first, x).detach()
+
+    def _input_hessian(
+        self, output_hessian: SymmetricOperator, treatment: Treatment
+    ) -> SymmetricOperator:
+        slopes = self._slopes()
+        second_order = self._second_order(treatment)
+        if self.average_input_jacobian:
+            mean = require_finite(slopes.mean(0), "mean derivative", self)
+            return Congruence(output_hessian, DiagonalMap(mean), second_order)
+        products = require_finite(slopes.T @ slopes / len(slopes), "derivative", self)
+        matrix = products * output_hessian.to_dense()
+        if second_order is not None:
+            matrix.diagonal().add_(second_order)
+        return DenseOperator(matrix)
+
+    def _slopes(self) -> Tensor:
+        """φ' of every sample, [N, features]."""
+        record = self.last_record
+        return self.first_derivative(record.input, record.output).flatten(1)
+
+    def _second_order(self, treatment: Treatment) -> Tensor | None:
+        """mod(Σ_n φ''(x_n) ⊙ δ_n), [features], or None where it is zero."""
+        if treatment is None:
+            return None
+        record = self.last_record
+        bend = self.second_derivative(record.input, record.output)
+        if bend is None:
+            return None
+        if record.output_gradient is None:
+            raise RuntimeError(
+                f"The second-order term of {self} needs the gradient w.r.t. its "
+                "output, but nothing before it requires one. Call "
+                "inputs.requires_grad_() before the forward pass, or choose 'zero'."
+            )
+        total = (bend * record.output_gradient).flatten(1).sum(0)
+        return treatment(require_finite(total, "second-order term", self))
+
+    def extra_repr(self) -> str:
+        """The layer's options and its batch scheme."""
+        scheme = f"avg_input_jac: {self.average_input_jacobian}"
+        return ", ".join(filter(None, [super().extra_repr(), scheme]))
+
+
+def _gradient_of_sum(values: Tensor, x: Tensor) -> Tensor:
+    if not values.requires_grad:  # A function that is linear, or constant, in x.
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(
+        values.sum(), x, create_graph=True, materialize_grads=True
+    )
+    return gradient
+
+
+class HBPSigmoid(ElementwiseRule, nn.Sigmoid):
+    """``torch.nn.Sigmoid``, φ(x) = 1/(1 + e⁻ˣ), that sends curvature backward."""
+
+    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        """φ' = z(1 - z)."""
+        return z * (1 - z)
+
+    def second_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        """φ'' = z(1 - z)(1 - 2z)."""
+        return z * (1 - z) * (1 - 2 * z)
+
+
+class HBPTanh(ElementwiseRule, nn.Tanh):
+    """``torch.nn.Tanh``, φ(x) = tanh x, that sends curvature backward."""
+
+    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        """φ' = 1 - z²."""
+        return 1 - z.square()
+
+    def second_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        """φ'' = -2z(1 - z²)."""
+        return -2 * z * (1 - z.square())
+
+
+class HBPReLU(ElementwiseRule, nn.ReLU):
+    """``torch.nn.ReLU``, φ(x) = max(x, 0), that sends curvature backward.
+
+    The formulas need z only, so ``inplace=True`` may overwrite x. As in torch,
+    φ'(0) = 0.
+    """
+
+    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        """φ' = 1 where z > 0, else 0."""
+        return (z > 0).to(z.dtype)
+
+    def second_derivative(self, x: Tensor, z: Tensor) -> None:
+        """φ'' = 0."""
+        return
+
+
+class _Function(nn.Module):
+    """φ from a plain function."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input)
+
+
+class HBPElementwise(ElementwiseRule, _Function):
+    """Any smooth function of one number, applied to every feature.
+
+    Args:
+        function: φ, [N, ...] → [N, ...], entry by entry (not softmax, say).
+        first: φ', or ``None`` for automatic differentiation.
+        second: φ'', or ``None`` for automatic differentiation.
+
+    To copy or pickle the layer, give it functions that can be.
+
+    Example:
+        >>> import torch
+        >>> from hbp import HBPElementwise
+        >>> layer = HBPElementwise(torch.nn.functional.softplus)
+
+    Raises:
+        TypeError: an argument is not callable.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        first: Function | None = None,
+        second: Function | None = None,
+    ) -> None:
+        for name, value in [
+            ("function", function),
+            ("first", first),
+            ("second", second),
+        ]:
+            if not callable(value) and (value is not None or name == "function"):
+                raise TypeError(f"{name}={value!r} must be a function of a tensor.")
+        super().__init__(function)
+        self.first = first
+        self.second = second
+
+    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        """φ'(x)."""
+        return self.first(x) if self.first else super().first_derivative(x, z)
+
+    def second_derivative(self, x: Tensor, z: Tensor) -> Tensor | None:
+        """φ''(x)."""
+        return self.second(x) if self.second else super().second_derivative(x, z)
+
+    def extra_repr(self) -> str:
+        """The function's name and the batch scheme."""
+        name = getattr(self.function, "__name__", repr(self.function))
+        return f"{name}, {super().extra_repr()}"

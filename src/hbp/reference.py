@@ -1,0 +1,285 @@
+"""Exact curvature by automatic differentiation: slow, obvious, and the judge.
+
+Nothing here shares code with the rest of the package. Use it on small models, to
+check a block or to see what an approximation leaves out. Parameters' blocks come as
+a dict from ``state_dict`` names to dense [n, n] matrices, n entries flattened
+row-major. Models are copied first, so none is changed.
+
+* :func:`hessian_blocks`, :func:`ggn_blocks`: any model, by ``torch.func``.
+* :func:`exact_blocks`: Hessian, GGN and both PCHs of a chain of layers, the HBP
+  recursion with dense Jacobians, sample by sample.
+* :func:`batch_blocks`: the same recursion with averages over the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def hessian(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """∂²function/∂x∂xᵀ, shape [*x, *x], for a scalar function of x and constants.
+
+    Reverse mode twice: ``torch.func.hessian`` needs forward mode, which not every
+    layer has.
+    """
+    return jacrev(jacrev(function))
+
+
+def hessian_blocks(
+    model: nn.Module, loss_func: LossFunction, inputs: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """∂²loss/∂θ∂θᵀ of every parameter θ.
+
+    Args:
+        model: Any differentiable model.
+        loss_func: maps outputs and targets to a scalar.
+        inputs: What ``model`` takes, [N, ...].
+        targets: What ``loss_func`` takes as its second argument.
+
+    Returns:
+        [n, n] for each of the parameters, by name.
+    """
+    model = copy.deepcopy(model)
+    parameters = _parameters(model)
+
+    def block(name: str) -> Tensor:
+        def loss(parameter: Tensor) -> Tensor:
+            varied = {**parameters, name: parameter}
+            return loss_func(functional_call(model, varied, (inputs,)), targets)
+
+        size = parameters[name].numel()
+        return hessian(loss)(parameters[name]).reshape(size, size)
+
+    return {name: block(name) for name in parameters}
+
+
+def ggn_blocks(
+    model: nn.Module, loss_func: LossFunction, inputs: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """Jᵀ H_z J of every parameter, J = ∂z/∂θ over all samples and outputs.
+
+    Arguments and result as in :func:`hessian_blocks`.
+    """
+    model = copy.deepcopy(model)
+    parameters = _parameters(model)
+    with torch.no_grad():
+        outputs = model(inputs)
+    size = outputs.numel()
+    curvature = hessian(loss_func)(outputs, targets).reshape(size, size)
+
+    def block(name: str) -> Tensor:
+        def predict(parameter: Tensor) -> Tensor:
+            return functional_call(model, {**parameters, name: parameter}, (inputs,))
+
+        jacobian = jacrev(predict)(parameters[name]).reshape(size, -1)
+        return jacobian.T @ curvature @ jacobian
+
+    return {name: block(name) for name in parameters}
+
+
+class Curvature(NamedTuple):
+    """What the recursion finds.
+
+    Attributes:
+        input: w.r.t. the model's input, [features, features].
+        parameters: w.r.t. each parameter, [n, n], by name.
+    """
+
+    input: Tensor
+    parameters: dict[str, Tensor]
+
+
+def exact_blocks(
+    model: nn.Module,
+    loss_func: LossFunction,
+    inputs: Tensor,
+    targets: Tensor,
+    modify_2nd_order_terms: str | None = None,
+) -> Curvature:
+    """The HBP recursion for each sample on its own, then summed: no averaging.
+
+    With ``None`` these are the Hessian's diagonal blocks, with ``"zero"`` the GGN's,
+    with ``"abs"`` and ``"clip"`` PCHs whose second-order terms are modified sample
+    by sample.
+
+    Args:
+        model: A layer, or a nest of ``nn.Sequential``.
+        loss_func: A sum or mean over samples.
+        inputs: [N, ...].
+        targets: [N, ...].
+        modify_2nd_order_terms: ``None`` or ``"none"``, ``"zero"``, ``"abs"`` or
+            ``"clip"``.
+
+    Returns:
+        The sum over samples.
+    """
+    trace = _Trace(copy.deepcopy(model), loss_func, inputs, targets)
+    results = [
+        _send_back(trace, slice(n, n + 1), modify_2nd_order_terms, True, True)
+        for n in range(len(inputs))
+    ]
+    parameters = {
+        name: torch.stack([result.parameters[name] for result in results]).sum(0)
+        for name in results[0].parameters
+    }
+    return Curvature(torch.stack([r.input for r in results]).sum(0), parameters)
+
+
+def batch_blocks(
+    model: nn.Module,
+    loss_func: LossFunction,
+    inputs: Tensor,
+    targets: Tensor,
+    modify_2nd_order_terms: str | None = None,
+    average_input_jacobian: bool = True,
+    average_parameter_jacobian: bool = True,
+) -> Curvature:
+    """The HBP recursion with averages over the batch, as the layers compute it.
+
+    With H̄ the batch-summed curvature w.r.t. a layer's output and J_n its Jacobian at
+    sample n, an averaged Jacobian gives E[J]ᵀ H̄ E[J], an averaged product
+    E[Jᵀ H̄ J]. Second-order terms are summed over the batch first, then modified.
+
+    Args:
+        model: A layer, or a nest of ``nn.Sequential``.
+        loss_func: A sum or mean over samples.
+        inputs: [N, ...].
+        targets: [N, ...].
+        modify_2nd_order_terms: As in :func:`exact_blocks`.
+        average_input_jacobian: Which of the two, for J = ∂z/∂x.
+        average_parameter_jacobian: Which of the two, for J = ∂z/∂θ.
+
+    Returns:
+        The approximate curvature.
+    """
+    trace = _Trace(copy.deepcopy(model), loss_func, inputs, targets)
+    return _send_back(
+        trace,
+        slice(None),
+        modify_2nd_order_terms,
+        average_input_jacobian,
+        average_parameter_jacobian,
+    )
+
+
+class _Trace:
+    """The layers with their inputs x, [N, ...], and δ = ∂loss/∂z, [N, ...]."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_func: LossFunction,
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> None:
+        self.layers = list(_layers(model))
+        self.inputs: list[Tensor] = []
+        outputs = []
+        x = inputs.detach()
+        for _, layer in self.layers:
+            self.inputs.append(x.detach())
+            # A clone, so that an in-place layer overwrites nothing that is kept.
+            x = layer(x.clone().requires_grad_())
+            outputs.append(x)
+        loss = loss_func(x, targets)
+        self.output_gradients = torch.autograd.grad(loss, outputs)
+        n, size = len(x), x.numel()
+        full = hessian(loss_func)(x.detach(), targets).reshape(size, size)
+        blocks = full.reshape(n, size // n, n, size // n)
+        self.output_hessians = torch.stack([blocks[i, :, i] for i in range(n)])
+
+
+def _send_back(
+    trace: _Trace,
+    samples: slice,
+    modify: str | None,
+    average_input_jacobian: bool,
+    average_parameter_jacobian: bool,
+) -> Curvature:
+    H = trace.output_hessians[samples].sum(0)
+    parameters: dict[str, Tensor] = {}
+    steps = zip(trace.layers, trace.inputs, trace.output_gradients, strict=True)
+    for (prefix, layer), inputs, output_gradients in reversed(list(steps)):
+        xs, deltas = inputs[samples], output_gradients[samples]
+        for name, parameter in _parameters(layer).items():
+            function = partial(_vary_parameter, layer, name)
+            arguments = [(parameter, x) for x in xs]
+            jacobians, second_order = _derivatives(function, arguments, deltas)
+            block = _pull_back(H, jacobians, average_parameter_jacobian)
+            parameters[prefix + name] = block + _modify(second_order, modify)
+        function = partial(_vary_input, layer)
+        jacobians, second_order = _derivatives(function, [(x,) for x in xs], deltas)
+        H = _pull_back(H, jacobians, average_input_jacobian)
+        H = H + _modify(second_order, modify)
+    return Curvature(H, parameters)
+
+
+def _vary_parameter(layer: nn.Module, name: str, theta: Tensor, x: Tensor) -> Tensor:
+    """One sample's output, [z], as a function of one parameter."""
+    varied = {**_parameters(layer), name: theta}
+    return functional_call(layer, varied, (x[None],)).flatten()
+
+
+def _vary_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """One sample's output, [z], as a function of its input."""
+    return functional_call(layer, _parameters(layer), (x[None].clone(),)).flatten()
+
+
+def _derivatives(
+    function: Callable[..., Tensor],
+    arguments: Sequence[tuple[Tensor, ...]],
+    deltas: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """J_n of every sample, [N, z, v], and Σ_n Σ_k ∇²z_k δ_nk, [v, v].
+
+    Both w.r.t. the function's first argument, of v entries.
+    """
+    size = arguments[0][0].numel()
+    jacobians, curvatures = [], []
+    for args, delta in zip(arguments, deltas, strict=True):
+
+        def projected(*args: Tensor, delta: Tensor = delta) -> Tensor:
+            return function(*args) @ delta.flatten()
+
+        jacobians.append(jacrev(function)(*args).reshape(-1, size))
+        curvatures.append(hessian(projected)(*args).reshape(size, size))
+    return torch.stack(jacobians), torch.stack(curvatures).sum(0)
+
+
+def _pull_back(H: Tensor, jacobians: Tensor, average_jacobian: bool) -> Tensor:
+    """E[J]ᵀ H E[J], or E[Jᵀ H J], for J of shape [N, z, v]."""
+    if average_jacobian:
+        jacobians = jacobians.mean(0, keepdim=True)
+    return (jacobians.mT @ H @ jacobians).mean(0)
+
+
+def _modify(second_order: Tensor, how: str | None) -> Tensor:
+    """The treatment of a symmetric matrix, on its eigenvalues."""
+    if how in (None, "none"):
+        return second_order
+    if how == "zero":
+        return torch.zeros_like(second_order)
+    values, vectors = torch.linalg.eigh(second_order)
+    values = {"abs": values.abs(), "clip": values.clamp(min=0)}[how]
+    return vectors * values @ vectors.mT
+
+
+def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(model, nn.Sequential):
+        for name, child in model.named_children():
+            yield from _layers(child, f"{prefix}{name}.")
+    else:
+        yield prefix, model
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
