@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -36,23 +35,26 @@ DENSE_LIMIT_BYTES: Final = 8 * 2**30
 """``to_dense()`` refuses to allocate a larger matrix than this."""
 
 
-@dataclass(frozen=True)
 class Reduction:
     """A and b, restricted to a subspace that holds the Krylov space of A and b.
 
     The coordinates belong to an orthonormal basis, so conjugate gradients on
     ``(operator, rhs)`` takes the very steps that it would take on ``(A, b)``:
-    the same coefficients and residual norms, in fewer numbers.
+    the same coefficients and residual norms, in fewer numbers. This class is the
+    case without structure, where the subspace is the whole space.
 
     Attributes:
         operator: A in coordinates of the subspace, shape [k, k].
         rhs: b in those coordinates, [k].
-        expand: maps a solution in coordinates, [k], to the full space, [n].
     """
 
-    operator: SymmetricOperator
-    rhs: Tensor
-    expand: Callable[[Tensor], Tensor]
+    def __init__(self, operator: SymmetricOperator, rhs: Tensor) -> None:
+        self.operator = operator
+        self.rhs = rhs
+
+    def add_to(self, target: Tensor, y: Tensor, scale: float) -> None:
+        """target, [n], += scale · the vector whose coordinates are ``y``, [k]."""
+        target.add_(y, alpha=scale)
 
 
 class SymmetricOperator(ABC):
@@ -136,11 +138,11 @@ class SymmetricOperator(ABC):
         return self._solve(columns, alpha).reshape(b.shape)
 
     def reduce(self, b: Tensor) -> Reduction:
-        """Restrict A and b, [n], to a subspace that holds A's Krylov space of b.
+        """Restrict A and b, [n], to a subspace that holds the Krylov space of both.
 
-        Operators without such structure return themselves.
+        A step of CG costs what the coordinates cost; see :class:`Reduction`.
         """
-        return Reduction(self, b, lambda coordinates: coordinates)
+        return Reduction(self, b)
 
     def _solve(self, columns: Tensor, alpha: float) -> Tensor:
         return solve_damped(self.to_dense(), columns, alpha)
@@ -339,6 +341,8 @@ class KroneckerProduct(SymmetricOperator):
         self.inner = inner
 
     def _product(self, columns: Tensor) -> Tensor:
+        if self.inner.shape[0] == 1:
+            return self.outer._product(columns) * self.inner
         stack = _apply_inner(self.inner, self._stack(columns))
         return self.outer._product(stack.flatten(1)).reshape(columns.shape)
 
@@ -463,23 +467,46 @@ class KroneckerBlock(SymmetricOperator):
         return solution.add_(remainder, alpha=1 / alpha)
 
     def reduce(self, b: Tensor) -> Reduction:
-        """Coordinates Y, out × m numbers, and the length ‖B⊥‖ of the remainder."""
-        coordinates, remainder = self._project(b.unsqueeze(1))
-        if remainder is None:
-            return Reduction(self._restricted, b, lambda y: y)
-        length = torch.linalg.vector_norm(remainder).reshape(1)
-        null_space = DenseOperator(length.new_zeros(1, 1))
-        # A remainder of length 0 stays 0, whatever its coordinate.
-        unit = remainder.squeeze(1).div_(torch.where(length > 0, length, 1))
+        basis, _ = self._basis
+        if basis is None:
+            return Reduction(self._restricted, b)
+        return _KroneckerReduction(self._restricted, basis, b)
 
-        def expand(y: Tensor) -> Tensor:
-            return self._lift(y[:-1].unsqueeze(1)).squeeze(1).add_(unit * y[-1])
 
-        return Reduction(
-            DirectSum([self._restricted, null_space]),
-            torch.cat([coordinates.squeeze(1), length]),
-            expand,
+class _KroneckerReduction(Reduction):
+    """B, [out, in], as Y = BQ, out × m numbers, and the length ‖B⊥‖ of the rest."""
+
+    def __init__(self, restricted: KroneckerProduct, basis: Tensor, b: Tensor) -> None:
+        self._basis = basis
+        self._b = b.view(-1, basis.shape[0])
+        self._coordinates = self._b @ basis
+        self._length = self._remainder_norm().reshape(1)
+        null_space = DenseOperator(b.new_zeros(1, 1))
+        super().__init__(
+            DirectSum([restricted, null_space]),
+            torch.cat([self._coordinates.flatten(), self._length]),
         )
+
+    def _remainder_norm(self) -> Tensor:
+        norm = torch.linalg.vector_norm(self._b)
+        share = torch.linalg.vector_norm(self._coordinates) / norm
+        if share < 0.99:
+            return norm * (1 - share.square()).sqrt()
+        # Pythagoras would cancel here, so form B⊥.
+        remainder = torch.addmm(self._b, self._coordinates, self._basis.T, alpha=-1)
+        return torch.linalg.vector_norm(remainder)
+
+    def add_to(self, target: Tensor, y: Tensor, scale: float) -> None:
+        """Two passes over ``target`` and one over B; nothing of that size is made.
+
+        YQᵀ + cB⊥ = cB + (Y - cBQ)Qᵀ for c = y⊥/‖B⊥‖. The right-hand side cancels
+        digits within the span of Q, at most those that c·B has there to begin with.
+        """
+        share = torch.where(self._length > 0, y[-1] / self._length, 0)
+        inside = y[:-1].view_as(self._coordinates) - share * self._coordinates
+        matrix = target.view_as(self._b)
+        matrix.addcmul_(self._b, share, value=scale)
+        matrix.addmm_(inside, self._basis.T, alpha=scale)
 
 
 class DirectSum(SymmetricOperator):

@@ -155,11 +155,13 @@ class CGNewton(torch.optim.Optimizer):
                 loss = closure()
             _check_loss(loss)
         systems = self._systems()
-        _check_gradients(systems)
-        steps = [(system, *system.solve()) for system in systems]
-        for system, direction, _ in steps:
-            system.parameter.add_(direction, alpha=system.options["lr"])
-        self.last_step = {system.parameter: info for system, _, info in steps}
+        solutions = [system.solve() for system in systems]
+        for system, (y, _) in zip(systems, solutions, strict=True):
+            system.apply(y)
+        self.last_step = {
+            system.parameter: info
+            for system, (_, info) in zip(systems, solutions, strict=True)
+        }
         return loss
 
     def _systems(self) -> list[_System]:
@@ -184,17 +186,27 @@ class CGNewton(torch.optim.Optimizer):
 
 
 class _System:
-    """The linear system of one parameter."""
+    """[(1-α)H + αI] d = g for one parameter, in the coordinates that H allows.
+
+    Its solution is the d of the step with the sign turned: θ ← θ - lr·d.
+    """
 
     def __init__(
         self, name: str, parameter: Parameter, options: dict[str, Any]
     ) -> None:
-        assert parameter.grad is not None
         self.name = name
         self.parameter = parameter
         self.options = options
-        self.gradient = parameter.grad
-        self.curvature = self._curvature()
+        self.reduction = self._curvature().reduce(self._gradient())
+
+    def _gradient(self) -> Tensor:
+        gradient = self.parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            raise RuntimeError(
+                f"The gradient of {self.name} is sparse; CGNewton needs a dense one."
+            )
+        return gradient.flatten()
 
     def _curvature(self) -> SymmetricOperator:
         p = self.parameter
@@ -222,11 +234,14 @@ class _System:
         return hessian
 
     def solve(self) -> tuple[Tensor, StepInfo]:
-        """The direction d, shaped like the parameter, and what happened."""
-        reduction = self.curvature.reduce(-self.gradient.flatten())
+        """The coordinates of d, and what happened."""
+        if not bool(self.reduction.rhs.isfinite().all()):
+            raise ArithmeticError(
+                f"No step was taken; the gradient of {self.name} has NaN or infinity."
+            )
         solve = _by_cg if self.options["solver"] == "cg" else _directly
         try:
-            y, info = solve(reduction, self.options)
+            y, info = solve(self.reduction, self.options)
         except ArithmeticError as error:
             raise ArithmeticError(f"No step was taken; {self.name}: {error}") from error
         if not math.isfinite(info.step_norm):
@@ -234,7 +249,17 @@ class _System:
                 f"No step was taken; the direction for {self.name} has NaN or "
                 "infinity. Is its curvature finite?"
             )
-        return reduction.expand(y).view_as(self.parameter), info
+        return y, info
+
+    def apply(self, y: Tensor) -> None:
+        """θ ← θ - lr·d for the d with coordinates y."""
+        p, lr = self.parameter, self.options["lr"]
+        if p.is_contiguous():
+            self.reduction.add_to(p.view(-1), y, scale=-lr)
+        else:
+            step = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            self.reduction.add_to(step.view(-1), y, scale=-lr)
+            p.add_(step)
 
 
 class _Damped:
@@ -279,13 +304,12 @@ def _directly(reduction: Reduction, options: dict[str, Any]) -> tuple[Tensor, St
 def _model(reduction: Reduction, y: Tensor, lr: float) -> tuple[float, float]:
     """‖d‖ and the decrease of the quadratic model.
 
-    The model changes by lr·gᵀd + ½lr²·dᵀCd with C = (1-α)H + αI. A solution has
-    Cd = -g; so has every CG iterate from 0 as far as dᵀ can see, for its residual is
-    orthogonal to d. Hence dᵀCd = -gᵀd.
+    At θ - lr·d it has changed by -lr·gᵀd + ½lr²·dᵀCd, C = (1-α)H + αI. A solution has
+    Cd = g; so has every CG iterate from 0 as far as dᵀ can see, for its residual is
+    orthogonal to d. Hence dᵀCd = gᵀd.
     """
-    return float(torch.linalg.vector_norm(y)), (lr - lr**2 / 2) * float(
-        y @ reduction.rhs
-    )
+    descent = float(y @ reduction.rhs)
+    return float(torch.linalg.vector_norm(y)), (lr - lr**2 / 2) * descent
 
 
 def _check_loss(loss: object) -> None:
@@ -297,20 +321,6 @@ def _check_loss(loss: object) -> None:
         raise ArithmeticError(
             f"No step was taken; the closure returned a loss of {float(loss)}."
         )
-
-
-def _check_gradients(systems: list[_System]) -> None:
-    for system in systems:
-        if system.gradient.is_sparse:
-            raise RuntimeError(
-                f"The gradient of {system.name} is sparse; CGNewton needs a dense one."
-            )
-    norms = torch._foreach_norm([system.gradient for system in systems])
-    for system, norm in zip(systems, norms, strict=True):
-        if not math.isfinite(float(norm)):
-            raise ArithmeticError(
-                f"No step was taken; the gradient of {system.name} has NaN or infinity."
-            )
 
 
 def _check_options(options: dict[str, Any]) -> None:
