@@ -49,12 +49,20 @@ def _convert(model: nn.Module, path: str) -> HBPModule:
             f"convert() does not know {path or 'the model'}: {model}. Supported are "
             f"{names} and HBP layers."
         )
-    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks:
+    if any(getattr(model, name) for name in _HOOKS):
         raise ValueError(
             f"{path or 'The model'} ({type(model).__name__}) has hooks, which "
             "convert() would lose. Remove them first."
         )
     return rule(model, path).train(model.training)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def _linear(layer: nn.Module, path: str) -> HBPModule:
@@ -76,7 +84,8 @@ def _relu(layer: nn.Module, path: str) -> HBPModule:
 
 
 def _sequential(model: nn.Module, path: str) -> HBPModule:
-    children = model.named_children()
+    # Not named_children(), which leaves out a layer that occurs again.
+    children = [(name, child) for name, child in model._modules.items() if child]
     twins = [
         (name, _convert(child, f"{path}.{name}".lstrip(".")))
         for name, child in children

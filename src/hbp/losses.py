@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
+@torch.enable_grad()
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
     """The Hessian of any loss w.r.t. the outputs, summed over the batch.
 
@@ -55,7 +56,10 @@ def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
         retain_graph=True,
         # Layers take a gradient for that of loss.backward() unless this is set.
         create_graph=True,
+        allow_unused=True,
     )
+    if rows is None:  # Linear in the outputs, though not in something else.
+        return outputs.new_zeros(features, features)
     hessian = rows.detach().sum(1).reshape(features, features)
     return _require_finite(hessian)
 
@@ -82,15 +86,18 @@ def output_hessian(
         ValueError: the batch is empty, or the loss is no scalar.
         ArithmeticError: the Hessian has NaN or infinity.
     """
-    formula = _FORMULAS.get(type(loss_func))
-    reduction = getattr(loss_func, "reduction", None)
-    if formula is None or reduction not in ("mean", "sum") or outputs.dim() < 2:
-        with torch.enable_grad():
-            z = outputs.detach().requires_grad_()
-            return batch_summed_hessian(loss_func(z, targets), z)
     _check_outputs(outputs)
+    with torch.enable_grad():
+        z = outputs.detach().requires_grad_()
+        loss = loss_func(z, targets)
+    formula = _FORMULAS.get(type(loss_func))
+    # torch's MSELoss broadcasts, and then the formula is another.
+    broadcast = formula is _mean_squared_error and targets.shape != z.shape
+    if formula is None or broadcast or z.dim() < 2:
+        return batch_summed_hessian(loss, z)
+    _check_loss(loss)
     with torch.no_grad():
-        return _require_finite(formula(loss_func, outputs.detach(), targets))
+        return _require_finite(formula(loss_func, z.detach(), targets))
 
 
 def _cross_entropy(loss: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> Tensor:

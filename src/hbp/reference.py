@@ -275,7 +275,9 @@ def _modify(second_order: Tensor, how: str | None) -> Tensor:
 
 def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     if isinstance(model, nn.Sequential):
-        for name, child in model.named_children():
+        # Not named_children(), which leaves out a layer that occurs again.
+        for name, child in model._modules.items():
+            assert child is not None
             yield from _layers(child, f"{prefix}{name}.")
     else:
         yield prefix, model

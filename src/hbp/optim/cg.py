@@ -7,6 +7,7 @@ the *products* with A, and the result says what happened.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -61,6 +62,7 @@ def check_cg_options(
         )
 
 
+@torch.no_grad()
 def cg(
     A: SupportsProduct,
     b: Tensor,
@@ -91,25 +93,26 @@ def cg(
         ArithmeticError: b, x0 or a product contains NaN or infinity.
     """
     check_cg_options(tol, atol, maxiter)
-    _check_vector("b", b)
+    _check_shapes(A, b)
     budget = 10 * b.numel() if maxiter is None else maxiter
-    norm_b = _finite("b", torch.linalg.vector_norm(b))
-    if norm_b == 0:
+    largest = _finite("b", b.abs().max())
+    if largest == 0:
         return CGResult(torch.zeros_like(b), 0, 0.0, True, False)
-    # In units of ‖b‖, so that a tiny b does not underflow in r @ r.
-    target = max(tol, atol / norm_b)
+    # In units of a power of 2 near max|b|: exact, and r @ r cannot under- or overflow.
+    unit = 2.0 ** math.frexp(largest)[1]
     if x0 is None:
-        x, r = torch.zeros_like(b), b / norm_b
+        x, r = torch.zeros_like(b), b / unit
     else:
         _check_start(x0, b)
-        x, r = x0 / norm_b, (b - A @ x0) / norm_b
+        x, r = x0 / unit, (b - A @ x0) / unit
         budget -= 1
+    target = max(tol * float(torch.linalg.vector_norm(b / unit)), atol / unit)
 
     def result(negative_curvature: bool = False) -> CGResult:
+        solution = x * unit
+        _finite("the solution", solution.abs().max())
         done = residual <= target
-        return CGResult(
-            x * norm_b, iterations, residual * norm_b, done, negative_curvature
-        )
+        return CGResult(solution, iterations, residual * unit, done, negative_curvature)
 
     p = r.clone()
     rr = _finite("b - A x0", r @ r)
@@ -129,11 +132,17 @@ def cg(
     return result()
 
 
-def _check_vector(name: str, vector: Tensor) -> None:
-    if vector.dim() != 1 or vector.numel() == 0 or not vector.is_floating_point():
+def _check_shapes(A: SupportsProduct, b: Tensor) -> None:
+    if b.dim() != 1 or b.numel() == 0 or not b.is_floating_point():
         raise ValueError(
-            f"{name} must be a floating-point vector [n], got shape "
-            f"{list(vector.shape)} of {vector.dtype}."
+            f"b must be a floating-point vector [n], got shape {list(b.shape)} of "
+            f"{b.dtype}."
+        )
+    shape = tuple(getattr(A, "shape", (len(b), len(b))))
+    if shape != (len(b), len(b)):
+        raise ValueError(
+            f"A has shape {list(shape)}, but b has {len(b)} entries: "
+            f"[{len(b)}, {len(b)}] is needed."
         )
 
 
