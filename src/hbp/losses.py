@@ -91,6 +91,11 @@ def output_hessian(
         z = outputs.detach().requires_grad_()
         loss = loss_func(z, targets)
     formula = _FORMULAS.get(type(loss_func))
+    if formula is _cross_entropy and z.dim() < 2:
+        raise ValueError(
+            f"outputs has shape {list(z.shape)}, which CrossEntropyLoss takes as one "
+            "sample. Give it a batch, [N, C]: outputs.unsqueeze(0)."
+        )
     # torch's MSELoss broadcasts, and then the formula is another.
     broadcast = formula is _mean_squared_error and targets.shape != z.shape
     if formula is None or broadcast or z.dim() < 2:

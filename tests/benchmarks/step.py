@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +34,7 @@ Step = Callable[[Tensor, Tensor], object]
 def network() -> nn.Sequential:
     """Tutorial 02's network: sigmoids between fully-connected layers."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(SIZES[:-1], SIZES[1:], strict=True):
+    for inputs, outputs in pairwise(SIZES):
         layers += [nn.Linear(inputs, outputs), nn.Sigmoid()]
     return nn.Sequential(*layers[:-1])
 

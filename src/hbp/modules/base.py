@@ -24,32 +24,50 @@ Blocks = list[tuple[Tensor, SymmetricOperator]]
 class Record:
     """What one forward and backward pass leave behind for the Hessian pass.
 
-    Tensors are kept by reference, without their graph. One that is overwritten in
-    place before it is needed raises an error instead of giving a wrong curvature.
+    Tensors are kept by reference, without their graph.
 
     Args:
         input: x, [N, ...].
         output: z, [N, ...].
+        keep: The one of them that the layer's rules need, or None.
         parameters: The layer's own parameters.
+        with_gradient: Whether to keep δ, and to insist on it.
+
+    Attributes:
+        input_shape: [N, ...] of x.
+        output_shape: [N, ...] of z.
+        kind: dtype and device of z.
+        output_gradient: δ = ∂loss/∂z, [N, ...], once ``loss.backward()`` has run. It
+            carries the 1/N of a mean loss.
+        expects_gradient: Whether ``loss.backward()`` will bring δ.
+        accumulated: Whether p.grad is a sum over several backward passes.
     """
 
     def __init__(
-        self, input: Tensor, output: Tensor, parameters: Iterable[nn.Parameter]
+        self,
+        input: Tensor,
+        output: Tensor,
+        keep: Tensor | None,
+        parameters: Iterable[nn.Parameter],
+        with_gradient: bool,
     ) -> None:
-        self.accumulated = False
+        self.input_shape, self.output_shape = input.shape, output.shape
+        self.kind = output.dtype, output.device
         self.output_gradient: Tensor | None = None
-        self._input, self._output = input.detach(), output.detach()
-        self._versions = self._input._version, self._output._version
+        self.accumulated = False
         self._parameters = list(parameters)
-        self.expects_gradient = output.requires_grad
-        if output.requires_grad:
+        if keep is not None:
+            self._kept = keep.detach()
+            self._version = keep._version
+        self.expects_gradient = with_gradient and output.requires_grad
+        if self.expects_gradient:
             output.register_hook(self._save_output_gradient)
 
     def _save_output_gradient(self, gradient: Tensor) -> None:
-        """Tensor hook on z: keep δ = ∂loss/∂z (it carries the 1/N of a mean loss).
+        """Tensor hook on z. Only a plain ``loss.backward()`` counts.
 
-        Only a plain ``loss.backward()`` counts. ``batch_summed_hessian`` too
-        differentiates w.r.t. the outputs, but with gradients enabled.
+        ``batch_summed_hessian`` too differentiates w.r.t. the outputs, but with
+        gradients enabled.
         """
         if torch.is_grad_enabled():
             return
@@ -60,42 +78,28 @@ class Record:
         self.accumulated = any(bool(g.any()) for g in gradients)
 
     @property
-    def input(self) -> Tensor:
-        """x, [N, ...]."""
-        return self._unchanged(self._input, self._versions[0], "input")
+    def kept(self) -> Tensor:
+        """x or z, [N, ...], as the layer chose.
 
-    @property
-    def output(self) -> Tensor:
-        """z, [N, ...]."""
-        return self._unchanged(self._output, self._versions[1], "output")
-
-    @property
-    def shapes(self) -> tuple[torch.Size, torch.Size]:
-        """[N, ...] of x and of z."""
-        return self._input.shape, self._output.shape
-
-    @property
-    def kind(self) -> tuple[torch.dtype, torch.device]:
-        """The dtype and device of z."""
-        return self._output.dtype, self._output.device
-
-    @staticmethod
-    def _unchanged(tensor: Tensor, version: int, name: str) -> Tensor:
-        if tensor._version != version:
+        Raises:
+            RuntimeError: it was overwritten, and its curvature would be wrong.
+        """
+        if self._kept._version != self._version:
             raise RuntimeError(
-                f"The {name} of shape {list(tensor.shape)} was changed in place after "
-                "the forward pass, and its curvature with it. Call backward_hessian() "
-                "before overwriting it, or use an out-of-place operation."
+                f"An input or output of shape {list(self._kept.shape)} was changed in "
+                "place after the forward pass, and its curvature with it. Call "
+                "backward_hessian() before overwriting it, or use an out-of-place "
+                "operation."
             )
-        return tensor
+        return self._kept
 
 
 class HBPModule(nn.Module):
     """Base of every layer that sends curvature backward.
 
     A layer inherits from this class first and from its ``torch.nn`` counterpart
-    second. It gives a ``forward`` that ends in ``self.record(input, output)``, the
-    rule ``_input_hessian`` and, if it has parameters, ``_parameter_hessians``.
+    second. It gives a ``forward`` that ends in ``self.record(...)``, the rule
+    ``_input_hessian`` and, if it has parameters, ``_parameter_hessians``.
 
     Nothing else of the ``torch.nn`` counterpart changes. The record is no buffer,
     is in no ``state_dict``, and is left out of copies and pickles.
@@ -103,11 +107,28 @@ class HBPModule(nn.Module):
 
     _record: Record | None = None
 
-    def record(self, input: Tensor, output: Tensor) -> Tensor:
-        """Remember this forward pass and return ``output``; a no-op without grad."""
-        if torch.is_grad_enabled():
-            parameters = self.parameters(recurse=False)
-            self._record = Record(input, output, parameters)
+    def record(
+        self,
+        input: Tensor,
+        output: Tensor,
+        keep: Tensor | None,
+        with_gradient: bool = True,
+    ) -> Tensor:
+        """Remember this forward pass and return ``output``.
+
+        Nothing is remembered without gradients, nor inside ``torch.func``'s
+        transforms, whose tensors mean nothing outside.
+
+        Args:
+            input: x, [N, ...].
+            output: z, [N, ...].
+            keep: The one of them that the layer's rules need, or None.
+            with_gradient: ``False`` for a layer whose z is a view of x. It has no use
+                for δ, and autograd drops the hook if z is then changed in place.
+        """
+        if torch.is_grad_enabled() and not _is_transformed(output):
+            own = self.parameters(recurse=False)
+            self._record = Record(input, output, keep, own, with_gradient)
         return output
 
     def __getstate__(self) -> dict[str, Any]:
@@ -235,7 +256,7 @@ class HBPModule(nn.Module):
     def _check_pass(self) -> None:
         """Raise unless a forward and a backward pass left a usable record."""
         record = self.last_record
-        before, after = record.shapes
+        before, after = record.input_shape, record.output_shape
         if len(before) < 2 or len(after) < 2 or before[0] != after[0]:
             raise ValueError(
                 f"{self} mapped {list(before)} to {list(after)}. The Hessian pass "
@@ -258,7 +279,7 @@ class HBPModule(nn.Module):
     def _check_hessian(self, hessian: SymmetricOperator) -> None:
         """Raise unless ``hessian`` fits the recorded output."""
         record = self.last_record
-        features = record.shapes[1][1:].numel()
+        features = record.output_shape[1:].numel()
         if hessian.shape[0] != features:
             raise ValueError(
                 f"output_hessian has shape {list(hessian.shape)}, but {self} has "
@@ -270,6 +291,11 @@ class HBPModule(nn.Module):
                 f"output_hessian is {hessian.dtype} on {hessian.device}, but the "
                 f"output of {self} is {dtype} on {device}. Convert it with .to(...)."
             )
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether a ``torch.func`` transform made the tensor; torch has no public test."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
@@ -287,6 +313,10 @@ def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
             "from batch_summed_hessian(loss, outputs), or an operator."
         )
     matrix = hessian.detach()
+    if not matrix.is_floating_point():
+        raise ValueError(
+            f"output_hessian is {matrix.dtype}; it must be of the outputs' dtype."
+        )
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(
             f"output_hessian has shape {list(matrix.shape)}; it must be [C, C] for C "

@@ -28,21 +28,28 @@ class ElementwiseRule(HBPModule):
     A subclass puts this class before the ``torch.nn`` layer that computes φ, and
     overrides the derivatives where it knows a formula. Otherwise automatic
     differentiation finds them.
+
+    Attributes:
+        derivatives_from_output: Whether the two formulas are in terms of z = φ(x), so
+            that x need not be kept, or in terms of x.
     """
 
     average_input_jacobian: bool = True
+    derivatives_from_output: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         """z = φ(x), [N, ...] → [N, ...]."""
-        return self.record(input, super().forward(input))
+        output = super().forward(input)
+        keep = output if self.derivatives_from_output else input
+        return self.record(input, output, keep)
 
-    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
-        """φ'(x) for x and z = φ(x), both [N, ...]."""
-        return self._differentiate(x)[0]
+    def first_derivative(self, values: Tensor) -> Tensor:
+        """φ' of every entry, [N, ...]; values are x, or z, see above."""
+        return self._differentiate(values)[0]
 
-    def second_derivative(self, x: Tensor, z: Tensor) -> Tensor | None:
-        """φ''(x) for x and z = φ(x), both [N, ...]; None if it is 0 everywhere."""
-        return self._differentiate(x)[1]
+    def second_derivative(self, values: Tensor) -> Tensor | None:
+        """φ'' of every entry, [N, ...]; None if it is 0 everywhere."""
+        return self._differentiate(values)[1]
 
     @torch.enable_grad()
     def _differentiate(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,15 +74,14 @@ class ElementwiseRule(HBPModule):
 
     def _slopes(self) -> Tensor:
         """φ' of every sample, [N, features]."""
-        record = self.last_record
-        return self.first_derivative(record.input, record.output).flatten(1)
+        return self.first_derivative(self.last_record.kept).flatten(1)
 
     def _second_order(self, treatment: Treatment) -> Tensor | None:
         """mod(Σ_n φ''(x_n) ⊙ δ_n), [features], or None where it is zero."""
         if treatment is None:
             return None
         record = self.last_record
-        bend = self.second_derivative(record.input, record.output)
+        bend = self.second_derivative(record.kept)
         if bend is None:
             return None
         if record.output_gradient is None:
@@ -105,11 +111,13 @@ def _gradient_of_sum(values: Tensor, x: Tensor) -> Tensor:
 class HBPSigmoid(ElementwiseRule, nn.Sigmoid):
     """``torch.nn.Sigmoid``, φ(x) = 1/(1 + e⁻ˣ), that sends curvature backward."""
 
-    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+    derivatives_from_output = True
+
+    def first_derivative(self, z: Tensor) -> Tensor:
         """φ' = z(1 - z)."""
         return z * (1 - z)
 
-    def second_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+    def second_derivative(self, z: Tensor) -> Tensor:
         """φ'' = z(1 - z)(1 - 2z)."""
         return z * (1 - z) * (1 - 2 * z)
 
@@ -117,11 +125,13 @@ class HBPSigmoid(ElementwiseRule, nn.Sigmoid):
 class HBPTanh(ElementwiseRule, nn.Tanh):
     """``torch.nn.Tanh``, φ(x) = tanh x, that sends curvature backward."""
 
-    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+    derivatives_from_output = True
+
+    def first_derivative(self, z: Tensor) -> Tensor:
         """φ' = 1 - z²."""
         return 1 - z.square()
 
-    def second_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+    def second_derivative(self, z: Tensor) -> Tensor:
         """φ'' = -2z(1 - z²)."""
         return -2 * z * (1 - z.square())
 
@@ -133,11 +143,13 @@ class HBPReLU(ElementwiseRule, nn.ReLU):
     φ'(0) = 0.
     """
 
-    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+    derivatives_from_output = True
+
+    def first_derivative(self, z: Tensor) -> Tensor:
         """φ' = 1 where z > 0, else 0."""
         return (z > 0).to(z.dtype)
 
-    def second_derivative(self, x: Tensor, z: Tensor) -> None:
+    def second_derivative(self, z: Tensor) -> None:
         """φ'' = 0."""
         return
 
@@ -189,13 +201,28 @@ class HBPElementwise(ElementwiseRule, _Function):
         self.first = first
         self.second = second
 
-    def first_derivative(self, x: Tensor, z: Tensor) -> Tensor:
-        """φ'(x)."""
-        return self.first(x) if self.first else super().first_derivative(x, z)
+    def forward(self, input: Tensor) -> Tensor:
+        """z = φ(x), [N, ...] → [N, ...].
 
-    def second_derivative(self, x: Tensor, z: Tensor) -> Tensor | None:
+        Raises:
+            RuntimeError: the function overwrites x, where its derivatives are taken.
+        """
+        version = input._version
+        output = super().forward(input)
+        if input._version != version:
+            raise RuntimeError(
+                f"{self} changes its input in place, but its derivatives need it. Give "
+                "HBPElementwise an out-of-place function."
+            )
+        return output
+
+    def first_derivative(self, x: Tensor) -> Tensor:
+        """φ'(x)."""
+        return self.first(x) if self.first else super().first_derivative(x)
+
+    def second_derivative(self, x: Tensor) -> Tensor | None:
         """φ''(x)."""
-        return self.second(x) if self.second else super().second_derivative(x, z)
+        return self.second(x) if self.second else super().second_derivative(x)
 
     def extra_repr(self) -> str:
         """The function's name and the batch scheme."""

@@ -29,7 +29,7 @@ class HBPLinear(HBPModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """z = Wx + b, [N, in_features] → [N, out_features]."""
-        return self.record(input, super().forward(input))
+        return self.record(input, super().forward(input), keep=input)
 
     def _input_hessian(
         self, output_hessian: SymmetricOperator, treatment: Treatment
@@ -47,7 +47,7 @@ class HBPLinear(HBPModule, nn.Linear):
 
     def _input_rows(self) -> Tensor:
         """F with FᵀF = x̄x̄ᵀ, [1, in], or FᵀF = E[xxᵀ], [N, in]."""
-        x = self.last_record.input
+        x = self.last_record.kept
         if self.average_parameter_jacobian:
             rows = x.mean(0, keepdim=True)
         else:
@@ -56,7 +56,7 @@ class HBPLinear(HBPModule, nn.Linear):
 
     def _check_pass(self) -> None:
         super()._check_pass()
-        shape = self.last_record.shapes[0]
+        shape = self.last_record.input_shape
         if len(shape) != 2:
             raise ValueError(
                 f"{self} got an input of shape {list(shape)}. Its curvature rules need "

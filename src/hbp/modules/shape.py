@@ -18,7 +18,9 @@ class HBPFlatten(HBPModule, nn.Flatten):
 
     def forward(self, input: Tensor) -> Tensor:
         """z, [N, ...] → [N, features]."""
-        return self.record(input, super().forward(input))
+        return self.record(
+            input, super().forward(input), keep=None, with_gradient=False
+        )
 
     def _input_hessian(
         self, output_hessian: SymmetricOperator, treatment: Treatment
