@@ -7,17 +7,14 @@ Hessian backpropagation through ``z = f(x, θ)`` adds two matrices,
 (the HBP equation of Dangel, Harmeling & Hennig 2020, arXiv 1902.01813). What is done
 to the second one decides which curvature matrix travels backward:
 
-==============  =======================  ======================================
-treatment       mod(R)                   curvature matrix
-==============  =======================  ======================================
-``None``,       R                        Hessian; can be indefinite
-``"none"``
-``"zero"``      0                        generalized Gauss-Newton (GGN)
-``"abs"``       |R|                       positive-curvature Hessian (PCH)
-``"clip"``      max(R, 0)                the other PCH
-==============  =======================  ======================================
+| treatment | mod(R) | curvature matrix |
+|---|---|---|
+| ``None``, ``"none"`` | R | Hessian; can be indefinite |
+| ``"zero"`` | 0 | generalized Gauss-Newton (GGN) |
+| ``"abs"`` | absolute value of R | positive-curvature Hessian (PCH) |
+| ``"clip"`` | max(R, 0) | the other PCH |
 
-``|R|`` and ``max(R, 0)`` act on the eigenvalues of R. For the elementwise layers R
+Absolute value and maximum act on the eigenvalues of R. For the elementwise layers R
 is diagonal, so they act on its entries, and only the diagonal is ever stored.
 
 With the batch schemes of this package R is *summed over the batch first and

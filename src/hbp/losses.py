@@ -72,7 +72,7 @@ def output_hessian(
     The same matrix as ``batch_summed_hessian(loss_func(outputs, targets), outputs)``,
     only faster for ``CrossEntropyLoss``, ``MSELoss`` and ``BCEWithLogitsLoss`` (with
     any of their options and ``reduction="mean"`` or ``"sum"``). Any other loss goes
-    to :func:`batch_summed_hessian`.
+    to ``batch_summed_hessian``.
 
     Args:
         loss_func: The loss.
@@ -80,7 +80,7 @@ def output_hessian(
         targets: What ``loss_func`` takes as its second argument.
 
     Returns:
-        H̄, [C, C], as from :func:`batch_summed_hessian`.
+        H̄, [C, C], as from ``batch_summed_hessian``.
 
     Raises:
         ValueError: the batch is empty, or the loss is no scalar.
@@ -184,7 +184,8 @@ def _check_loss(loss: Tensor) -> None:
         )
     if not bool(loss.isfinite()):
         raise ArithmeticError(
-            f"loss is {float(loss)}. Check the inputs, or lower the learning rate."
+            f"loss is {float(loss.detach())}. Check the inputs, or lower the learning "
+            "rate."
         )
 
 

@@ -3,14 +3,14 @@
 A curvature matrix is often far too large to write down, and rarely needs to be.
 An operator answers the same questions from its factors:
 
-=========================  ==============================================
-:class:`DenseOperator`     H, a matrix
-:class:`Congruence`        JᵀHJ + diag(r): one step of the backward chain
-:class:`KroneckerBlock`    H ⊗ E[xxᵀ] or H ⊗ x̄x̄ᵀ: a linear layer's weight
-:class:`KroneckerProduct`  H ⊗ S for a small matrix S
-:class:`DirectSum`         independent blocks on a diagonal
-:class:`MatrixFree`        any function that multiplies a vector
-=========================  ==============================================
+| operator | matrix |
+|---|---|
+| ``DenseOperator`` | H, stored |
+| ``Congruence`` | JᵀHJ + diag(r): one step of the backward chain |
+| ``KroneckerBlock`` | H ⊗ E[xxᵀ] or H ⊗ x̄x̄ᵀ: a linear layer's weight |
+| ``KroneckerProduct`` | H ⊗ S for a small matrix S |
+| ``DirectSum`` | independent blocks on a diagonal |
+| ``MatrixFree`` | any function that multiplies a vector |
 
 ``Congruence`` is the idea that makes the package fast. With averaged Jacobians
 the Hessian chain has no batch dimension, so a product at layer *l* costs two
@@ -26,6 +26,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Final
 
 import torch
@@ -140,7 +141,7 @@ class SymmetricOperator(ABC):
     def reduce(self, b: Tensor) -> Reduction:
         """Restrict A and b, [n], to a subspace that holds the Krylov space of both.
 
-        A step of CG costs what the coordinates cost; see :class:`Reduction`.
+        A step of CG costs what the coordinates cost; see ``Reduction``.
         """
         return Reduction(self, b)
 
@@ -216,7 +217,11 @@ class LinearMap(ABC):
 
 
 class MatrixMap(LinearMap):
-    """J = W, [z, x]. W belongs to a layer and is read, not copied."""
+    """J = W, [z, x]. W belongs to a layer and is read, not copied.
+
+    A later change of W is noticed, unless it is made behind autograd's back, through
+    ``weight.data``.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         self.out_size, self.in_size = matrix.shape
@@ -610,7 +615,7 @@ def attach_hessian(parameter: Tensor, operator: SymmetricOperator | None) -> Non
 
 def check_alpha(alpha: float) -> None:
     """Raise ValueError unless ``alpha``, the damping α, is in [0, 1]."""
-    if not 0 <= alpha <= 1:
+    if not (isinstance(alpha, Real) and 0 <= alpha <= 1):
         raise ValueError(
             f"alpha={alpha!r} is outside [0, 1]. It weighs (1-α)H + αI: 0 is the bare "
             "curvature, 1 plain gradient descent; 0.02 is a common start."

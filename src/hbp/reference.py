@@ -5,10 +5,10 @@ check a block or to see what an approximation leaves out. Parameters' blocks com
 a dict from ``state_dict`` names to dense [n, n] matrices, n entries flattened
 row-major. Models are copied first, so none is changed.
 
-* :func:`hessian_blocks`, :func:`ggn_blocks`: any model, by ``torch.func``.
-* :func:`exact_blocks`: Hessian, GGN and both PCHs of a chain of layers, the HBP
+* ``hessian_blocks``, ``ggn_blocks``: any model, by ``torch.func``.
+* ``exact_blocks``: Hessian, GGN and both PCHs of a chain of layers, the HBP
   recursion with dense Jacobians, sample by sample.
-* :func:`batch_blocks`: the same recursion with averages over the batch.
+* ``batch_blocks``: the same recursion with averages over the batch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def ggn_blocks(
 ) -> dict[str, Tensor]:
     """Jᵀ H_z J of every parameter, J = ∂z/∂θ over all samples and outputs.
 
-    Arguments and result as in :func:`hessian_blocks`.
+    Arguments and result as in ``hessian_blocks``.
     """
     model = copy.deepcopy(model)
     parameters = _parameters(model)
@@ -154,7 +154,7 @@ def batch_blocks(
         loss_func: A sum or mean over samples.
         inputs: [N, ...].
         targets: [N, ...].
-        modify_2nd_order_terms: As in :func:`exact_blocks`.
+        modify_2nd_order_terms: As in ``exact_blocks``.
         average_input_jacobian: Which of the two, for J = ∂z/∂x.
         average_parameter_jacobian: Which of the two, for J = ∂z/∂θ.
 

@@ -8,7 +8,8 @@ or output are one sample's features, flattened: the batch has been averaged away
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class Record:
         output_gradient: δ = ∂loss/∂z, [N, ...], once ``loss.backward()`` has run. It
             carries the 1/N of a mean loss.
         expects_gradient: Whether ``loss.backward()`` will bring δ.
-        accumulated: Whether p.grad is a sum over several backward passes.
+        accumulated: Whether p.grad is a sum over several passes.
+        successor: A weak reference to the record of the layer's next forward pass.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Record:
         self.kind = output.dtype, output.device
         self.output_gradient: Tensor | None = None
         self.accumulated = False
+        self.successor: Callable[[], Record | None] = lambda: None
         self._parameters = list(parameters)
         if keep is not None:
             self._kept = keep.detach()
@@ -75,7 +78,9 @@ class Record:
         # The hook runs before this backward pass adds to p.grad: what is there
         # already comes from another one.
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self.accumulated = any(bool(g.any()) for g in gradients)
+        self.accumulated |= any(bool(g.any()) for g in gradients)
+        if (successor := self.successor()) is not None:
+            successor.accumulated = True
 
     @property
     def kept(self) -> Tensor:
@@ -128,12 +133,26 @@ class HBPModule(nn.Module):
         """
         if torch.is_grad_enabled() and not _is_transformed(output):
             own = self.parameters(recurse=False)
-            self._record = Record(input, output, keep, own, with_gradient)
+            record = Record(input, output, keep, own, with_gradient)
+            if self._record is not None:
+                self._record.successor = weakref.ref(record)
+            self._record = record
         return output
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; its ``hessian`` is None, as its ``grad`` is."""
+        super().register_parameter(name, param)
+        _give_hessian(param)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the record, which belongs to one forward pass."""
         return {k: v for k, v in self.__dict__.items() if k != "_record"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies of parameters come without attributes."""
+        nn.Module.__setstate__(self, state)
+        for parameter in self.parameters(recurse=False):
+            _give_hessian(parameter)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients and, with them, ``p.hessian``."""
@@ -156,7 +175,8 @@ class HBPModule(nn.Module):
             average_parameter_jacobian: The same choice for a weight: ``True`` gives
                 H ⊗ x̄x̄ᵀ, ``False`` H ⊗ E[xxᵀ].
 
-        Layers to which a choice does not apply ignore it.
+        A call sets both; what it does not name becomes ``True``. Layers to which a
+        choice does not apply ignore it.
 
         Raises:
             TypeError: an argument is no bool.
@@ -192,7 +212,7 @@ class HBPModule(nn.Module):
             compute_input_hessian: Whether to return the curvature w.r.t. the input.
             modify_2nd_order_terms: ``None`` or ``"none"`` (Hessian), ``"zero"``
                 (generalized Gauss-Newton), ``"abs"`` or ``"clip"``
-                (positive-curvature Hessians); see :mod:`hbp.curvature`.
+                (positive-curvature Hessians); see ``hbp.curvature``.
 
         Returns:
             H_x, an operator of shape [features, features] over the flattened input
@@ -202,7 +222,7 @@ class HBPModule(nn.Module):
             ValueError: ``output_hessian`` has the wrong shape, dtype or device, is
                 not symmetric or finite; the treatment is unknown; the batch is empty.
             RuntimeError: no forward pass, or no ``loss.backward()``, came before;
-                gradients were accumulated over several backward passes.
+                gradients were accumulated over several passes.
             ArithmeticError: what was recorded contains NaN or infinity.
         """
         treatment = second_order_treatment(modify_2nd_order_terms)
@@ -271,9 +291,9 @@ class HBPModule(nn.Module):
             )
         if record.accumulated:
             raise RuntimeError(
-                f"The gradients of {self} are a sum over several backward passes, but "
-                "curvature is known for the last one only. Call zero_grad() before "
-                "each loss.backward(); for a larger batch, use one forward pass."
+                f"The gradients of {self} are a sum over several passes, but curvature "
+                "is known for the last one only. Call zero_grad() before each "
+                "loss.backward(); for a larger batch, use one forward pass."
             )
 
     def _check_hessian(self, hessian: SymmetricOperator) -> None:
@@ -291,6 +311,11 @@ class HBPModule(nn.Module):
                 f"output_hessian is {hessian.dtype} on {hessian.device}, but the "
                 f"output of {self} is {dtype} on {device}. Convert it with .to(...)."
             )
+
+
+def _give_hessian(parameter: Tensor | None) -> None:
+    if parameter is not None:
+        vars(parameter).setdefault("hessian", None)
 
 
 def _is_transformed(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ class HBPSequential(HBPModule, nn.Sequential):
     The chain rule: what comes out of a module's Hessian pass as H_x goes into the
     module below as H_z. It stops at the first module with a trainable parameter,
     unless the input Hessian is asked for. Nesting, indexing, slicing and named
-    children work as in ``torch.nn.Sequential``.
+    children work as in ``torch.nn.Sequential``; without children it is the identity.
     """
 
     def _send_back(

@@ -17,7 +17,7 @@ Function = Callable[[Tensor], Tensor]
 class ElementwiseRule(HBPModule):
     """z = φ(x), applied to every feature on its own.
 
-    Rule, with δ = ∂loss/∂z (Dangel, Harmeling & Hennig 2020)::
+    Rule, with δ = ∂loss/∂z (Dangel, Harmeling & Hennig 2020):
 
         H_x = diag(φ') H_z diag(φ') + mod(diag(φ'' ⊙ δ))
 
@@ -175,7 +175,7 @@ class HBPElementwise(ElementwiseRule, _Function):
 
     To copy or pickle the layer, give it functions that can be.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hbp import HBPElementwise
         >>> layer = HBPElementwise(torch.nn.functional.softplus)

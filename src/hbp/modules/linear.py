@@ -12,14 +12,14 @@ from hbp.operators import Congruence, KroneckerBlock, MatrixMap, SymmetricOperat
 class HBPLinear(HBPModule, nn.Linear):
     """``torch.nn.Linear``, z = Wx + b, that sends curvature backward.
 
-    Rules (Dangel, Harmeling & Hennig 2020; W flattened row-major)::
+    Rules (Dangel, Harmeling & Hennig 2020; W flattened row-major):
 
         H_x = Wᵀ H_z W
         H_W = H_z ⊗ x xᵀ        H_b = H_z
 
     z is linear in x and in (W, b), so there is no second-order term. Over a batch,
     the weight block is H̄ ⊗ x̄x̄ᵀ, or with ``average_parameter_jacobian=False``
-    H̄ ⊗ E[xxᵀ], see :meth:`set_hbp_approximation`. H_x and H_b are the same in both.
+    H̄ ⊗ E[xxᵀ], see ``set_hbp_approximation``. H_x and H_b are the same in both.
 
     Arguments are those of ``torch.nn.Linear``. The Hessian pass takes inputs of
     shape [N, in_features].

@@ -8,6 +8,7 @@ the *products* with A, and the result says what happened.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +23,7 @@ class SupportsProduct(Protocol):
 
 
 class CGResult(NamedTuple):
-    """What :func:`cg` returns.
+    """What ``cg`` returns.
 
     Attributes:
         x: The last iterate, [n].
@@ -44,12 +45,12 @@ def check_cg_options(
     tol: float, atol: float, maxiter: int | None, prefix: str = ""
 ) -> None:
     """Raise ValueError naming the first of the options that is unusable."""
-    if not tol > 0:
+    if not (isinstance(tol, Real) and tol > 0):
         raise ValueError(
             f"{prefix}tol={tol!r} must be positive: the solver stops at a residual of "
             "tol·‖b‖. Use 1e-5 for an accurate solve, 0.1 for a cheap one."
         )
-    if not atol >= 0:
+    if not (isinstance(atol, Real) and atol >= 0):
         raise ValueError(
             f"{prefix}atol={atol!r} must not be negative. Use 0.0 to stop by "
             f"{prefix}tol alone."
@@ -79,14 +80,14 @@ def cg(
     Args:
         A: Symmetric operator or matrix, [n, n]; only ``A @ v`` is used.
         b: Right-hand side, [n]. If it is zero, the solution 0 is returned at once.
-        x0: Start, [n], left unchanged; ``None`` means 0. Another start than 0 costs
-            one product.
+        x0: Start, [n], left unchanged; ``None`` means 0. A given start costs one
+            product.
         tol: Relative tolerance, positive.
         atol: Absolute tolerance, not negative.
         maxiter: At most this many products with A; ``None`` means 10 n.
 
     Returns:
-        The last iterate and what happened, see :class:`CGResult`.
+        The last iterate and what happened, see ``CGResult``.
 
     Raises:
         ValueError: an option is out of range, or shapes do not fit.

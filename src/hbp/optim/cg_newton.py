@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
@@ -76,7 +77,7 @@ class CGNewton(torch.optim.Optimizer):
         solver: ``"cg"`` or ``"direct"``.
 
     Attributes:
-        last_step: :class:`StepInfo` of the last step, by parameter. It is not part of
+        last_step: ``StepInfo`` of the last step, by parameter. It is not part of
             ``state_dict()``; the optimizer has no state of its own.
 
     Raises:
@@ -325,7 +326,7 @@ def _check_loss(loss: object) -> None:
 
 def _check_options(options: dict[str, Any]) -> None:
     lr = options["lr"]
-    if not (0 <= lr < math.inf):
+    if not (isinstance(lr, Real) and 0 <= float(lr) < math.inf):
         raise ValueError(f"lr={lr!r} must be a finite number that is not negative.")
     check_alpha(options["alpha"])
     check_cg_options(

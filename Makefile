@@ -1,0 +1,85 @@
+# Each target sets up what it needs in .venv; a second call starts at once.
+# `make` alone lists the targets.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/ready
+KATEX  := docs/hooks/node_modules/.package-lock.json
+
+# The tutorials run on the official data when HBP_DATA names a folder that has it,
+# otherwise on the small stand-ins that need no download.
+OFFICIAL := $(and $(HBP_DATA),$(wildcard $(HBP_DATA)/cifar-10-batches-py),$(wildcard $(HBP_DATA)/MNIST))
+NBVAL    := $(BIN)/pytest --nbval --nbval-current-env tutorials
+QUICK    := HBP_TUTORIAL=quick $(NBVAL) --nbval-cell-timeout=600
+FULL     := env -u HBP_TUTORIAL $(NBVAL) --nbval-cell-timeout=7200
+
+.DEFAULT_GOAL := help
+.PHONY: help setup tutorials test tutorials-official execute sync docs serve lint \
+        bench wheel colab browser constraints clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "This Python has no venv module: on Debian, apt-get install python3-venv."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt \
+	  --editable ".[tutorials,docs,dev]"
+	touch $@
+
+$(KATEX): docs/hooks/package-lock.json
+	@command -v npm >/dev/null || { echo "The formulas of the site need KaTeX, which \
+	npm installs: please install Node.js (on Debian, apt-get install npm)."; exit 1; }
+	cd docs/hooks && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
+setup: $(READY)  ## create .venv with everything in it
+
+tutorials: $(READY)  ## run both tutorials on small data, about a minute each
+	HBP_TUTORIAL=quick $(BIN)/python tools/notebooks.py run --into build/tutorials
+	@echo "Open these in a browser or a notebook editor:" && ls build/tutorials/*
+
+test: $(READY)  ## unit tests, then every cell of the tutorials
+	$(BIN)/pytest
+	$(if $(OFFICIAL),$(FULL),$(QUICK))
+
+tutorials-official: $(READY)  ## compare the tutorials with a run on the official data
+	$(FULL)
+
+execute: $(READY)  ## run on the official data and overwrite the committed notebooks
+	env -u HBP_TUTORIAL CUDA_VISIBLE_DEVICES= $(BIN)/python tools/notebooks.py run
+
+sync: $(READY)  ## write the notebooks from their scripts, keep unchanged outputs
+	$(BIN)/python tools/notebooks.py sync
+
+docs: $(READY) $(KATEX)  ## build the site into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+serve: $(READY) $(KATEX)  ## show the site and rebuild it as files change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## time a training step next to SGD's
+	$(BIN)/python tests/benchmarks/step.py
+
+wheel: $(READY)  ## build the source distribution and the wheel into dist
+	$(BIN)/python -m build --installer uv
+
+colab: wheel  ## rehearse Colab: each notebook alone, in a bare environment
+	$(BIN)/python tests/colab_rehearsal.py
+
+browser: docs  ## look at every page with chromium
+	$(BIN)/pytest tests/browser
+
+constraints: $(READY)  ## pin the newest versions of everything
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
+	  --upgrade --no-annotate --no-header --strip-extras --quiet -o constraints.txt
+
+clean:  ## remove what the targets made, except .venv
+	rm -rf build dist docs/hooks/node_modules .hypothesis .*_cache

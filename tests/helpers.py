@@ -1,0 +1,103 @@
+"""What several tests build on: matrices, small networks, one training pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import hbp
+from hbp.operators import SymmetricOperator
+
+# Float64 blocks of these small networks have entries of about 1 and are sums of
+# some hundred products. Measured, relative to entries above 1: 6e-16 for blocks of
+# networks, 5e-14 for products of the chain. The issue asks for 1e-10.
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+
+TREATMENTS = [None, "none", "zero", "abs", "clip"]
+SCHEMES = [(True, True), (True, False), (False, True), (False, False)]
+
+
+def close(actual: Any, expected: Any, **tolerance: float) -> None:
+    """Equal shapes and, up to round-off (``EXACT``), equal values."""
+    actual, expected = to_numpy(actual), to_numpy(expected)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, **(tolerance or EXACT))
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    return value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+def spd(n: int) -> Tensor:
+    """A random positive definite matrix, eigenvalues in about [0.2, 4]."""
+    factor = randn(n, 2 * n)
+    return factor @ factor.T / (2 * n) + 0.1 * torch.eye(n, dtype=torch.float64)
+
+
+def indefinite(n: int) -> Tensor:
+    """A random symmetric matrix with eigenvalues ±1, ±2, …: n ≥ 2 of both signs."""
+    basis = torch.linalg.qr(randn(n, n)).Q
+    signs = torch.tensor([(-1) ** i for i in range(n)])
+    values = signs * torch.arange(1, n + 1, dtype=torch.float64)
+    matrix = basis * values @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+def small_net(double: bool = True) -> hbp.HBPSequential:
+    """4-5-3 with a sigmoid between, seeded by the caller."""
+    model = hbp.HBPSequential(
+        hbp.HBPLinear(4, 5), hbp.HBPSigmoid(), hbp.HBPLinear(5, 3)
+    )
+    return model.double() if double else model
+
+
+def small_batch(n: int = 6, double: bool = True) -> tuple[Tensor, Tensor]:
+    """Inputs [n, 4] and labels [n] for ``small_net``."""
+    x = randn(n, 4, dtype=torch.float64 if double else torch.float32)
+    return x, torch.arange(n) % 3
+
+
+def send_back(
+    model: hbp.HBPModule,
+    inputs: Tensor,
+    targets: Tensor,
+    loss_func: Callable[[Tensor, Tensor], Tensor] | None = None,
+    treatment: str | None = None,
+) -> SymmetricOperator:
+    """One pass: forward, ``backward``, ``backward_hessian``. Returns H_x."""
+    model.zero_grad()
+    # Requiring the input's gradient gives δ to layers in front of the first weight.
+    outputs = model(inputs.clone().requires_grad_())
+    loss = (loss_func or nn.CrossEntropyLoss())(outputs, targets)
+    curvature = hbp.batch_summed_hessian(loss, outputs)
+    loss.backward()
+    input_hessian = model.backward_hessian(
+        curvature, compute_input_hessian=True, modify_2nd_order_terms=treatment
+    )
+    assert input_hessian is not None
+    return input_hessian
+
+
+def trained(treatment: str | None = "abs", **kwargs: Any) -> hbp.HBPSequential:
+    """``small_net`` after a pass: gradients and curvature are there."""
+    model = small_net(**kwargs)
+    send_back(model, *small_batch(**kwargs), treatment=treatment)
+    return model
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    """Copies of all parameters."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def all_equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Whether two lists agree bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))

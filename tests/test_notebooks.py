@@ -1,0 +1,114 @@
+"""What nbval does not see: the tutorials as files.
+
+nbval passes a notebook that was never run, since there is nothing to compare. So
+these tests look at what is stored. They take a second and run nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+import pytest
+from jupytext.config import load_jupytext_config
+from nbformat import NotebookNode
+
+TUTORIALS = Path(__file__).resolve().parents[1] / "tutorials"
+SCRIPTS = sorted(TUTORIALS.glob("[0-9]*.py"))
+LINE_LENGTH = 70  # the width of a code column on the site
+KNOWN_TAGS = {"nbval-ignore-output"}
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem)
+def script(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def notebook(script: Path) -> NotebookNode:
+    return nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+
+
+@pytest.fixture
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(cells: list[NotebookNode]) -> list[tuple[NotebookNode, Any]]:
+    return [(cell, output) for cell in cells for output in cell.outputs]
+
+
+def is_figure(output: NotebookNode) -> bool:
+    return any(kind.startswith("image/") for kind in output.get("data", {}))
+
+
+def test_tutorials_come_in_pairs() -> None:
+    notebooks = {path.stem for path in TUTORIALS.glob("*.ipynb")}
+    assert notebooks == {path.stem for path in SCRIPTS}
+    assert {"01_single_layer_mnist", "02_sequential_cifar10"} <= notebooks
+
+
+def test_script_and_notebook_are_the_same(script: Path, notebook: NotebookNode) -> None:
+    config = load_jupytext_config(str(script))
+    from_notebook = jupytext.writes(notebook, fmt="py:percent", config=config)
+    assert from_notebook == script.read_text(encoding="utf-8"), (
+        "the notebook is not that of its script: `make sync` writes it anew"
+    )
+
+
+def test_notebook_is_valid(notebook: NotebookNode) -> None:
+    nbformat.validate(notebook)
+
+
+def test_cells_were_run_in_order(code_cells: list[NotebookNode]) -> None:
+    counts = [cell.execution_count for cell in code_cells]
+    assert counts == list(range(1, len(code_cells) + 1)), "`make execute` runs them"
+
+
+def test_no_error_or_warning_is_stored(code_cells: list[NotebookNode]) -> None:
+    for cell, output in outputs(code_cells):
+        assert output.output_type != "error", cell.source
+        assert output.get("name") != "stderr", output.text
+
+
+def test_something_is_compared(code_cells: list[NotebookNode]) -> None:
+    """A notebook of measured cells alone would pass with any numbers."""
+    compared = [
+        output
+        for cell, output in outputs(code_cells)
+        if "nbval-ignore-output" not in cell.metadata.get("tags", [])
+        and not is_figure(output)
+    ]
+    assert len(compared) >= 3
+
+
+def test_lines_fit_the_page(code_cells: list[NotebookNode]) -> None:
+    lines = [line for cell in code_cells for line in cell.source.splitlines()]
+    assert [line for line in lines if len(line) > LINE_LENGTH] == []
+
+
+def test_every_figure_has_a_text_alternative(code_cells: list[NotebookNode]) -> None:
+    figures = [cell for cell, output in outputs(code_cells) if is_figure(output)]
+    assert figures, "the tutorial shows nothing"
+    for cell in figures:
+        assert len(cell.metadata.get("alt", "")) >= 20, cell.source
+
+
+def test_no_text_alternative_without_a_figure(code_cells: list[NotebookNode]) -> None:
+    for cell in code_cells:
+        if "alt" in cell.metadata:
+            assert any(is_figure(output) for output in cell.outputs), cell.source
+
+
+def test_tags_are_known(notebook: NotebookNode) -> None:
+    """A misspelt tag has no effect, in silence."""
+    tags = {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+    assert tags <= KNOWN_TAGS
+
+
+def test_metadata_asks_for_a_gpu_and_no_more(notebook: NotebookNode) -> None:
+    assert notebook.metadata.accelerator == "GPU"
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) <= {"accelerator", "colab", "kernelspec"}

@@ -1,0 +1,114 @@
+"""The tutorials' figures: they show what they are given, the same way every time."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hbp.plotting import STYLES, Drawing, Panel, curves, matrices
+
+pytest.importorskip("matplotlib")
+
+LINES = {"HBP": ([0, 1, 2], [2.3, 1.5, 1.0]), "Adam": ([0, 1, 2], [2.3, 1.2, 1.0])}
+
+
+def draw_curves() -> Drawing:
+    panel = Panel("epochs", "loss", LINES, levels={"guessing": 2.3})
+    return curves([panel, Panel("seconds", "loss", LINES)])
+
+
+def draw_matrices() -> Drawing:
+    return matrices({"a": torch.eye(3), "zero": torch.zeros(2, 3)})
+
+
+DRAWINGS = pytest.mark.parametrize("draw", [draw_curves, draw_matrices])
+
+
+@DRAWINGS
+def test_same_numbers_same_bytes(draw) -> None:
+    drawing = draw()
+    first = drawing._repr_svg_()
+    assert drawing._repr_svg_() == first
+    assert draw()._repr_svg_() == first
+
+
+@DRAWINGS
+def test_no_background_date_or_address(draw) -> None:
+    svg = draw()._repr_svg_()
+    assert svg.startswith("<?xml")
+    assert set(re.findall(r"\w+://([\w.]+)", svg)) == {"www.w3.org"}
+    assert "date" not in svg
+    assert not re.search(r"fill: (#ffffff|white)", svg)
+
+
+@DRAWINGS
+def test_does_not_touch_pyplot(draw) -> None:
+    """Else a notebook would show every figure twice."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    draw()
+    assert plt.get_fignums() == []
+
+
+def test_panels_hold_the_lines() -> None:
+    left, right = draw_curves().figure.axes
+    assert (left.get_xlabel(), right.get_xlabel()) == ("epochs", "seconds")
+    drawn = [line.get_ydata().tolist() for line in left.get_lines()]
+    assert drawn[:2] == [y for _, y in LINES.values()]
+    assert [text.get_text() for text in left.texts] == ["guessing", "● HBP", "■ Adam"]
+
+
+def test_lines_can_be_told_apart_without_colour() -> None:
+    _, dashes, markers, letters = zip(*STYLES, strict=True)
+    for styles in (dashes, markers, letters):
+        assert len(set(styles)) == len(STYLES)
+
+
+def test_names_do_not_overlap() -> None:
+    """Both lines end at the same height."""
+    (axes, _) = draw_curves().figure.axes
+    low, high = sorted(text.get_position()[1] for text in axes.texts[1:])
+    assert high - low >= 0.08
+
+
+def test_a_line_may_be_empty() -> None:
+    """A run that was interrupted early has nothing to show."""
+    svg = curves([Panel("epochs", "loss", {**LINES, "SGD": ([], [])})])._repr_svg_()
+    assert svg.startswith("<?xml")
+
+
+def test_save(tmp_path: Path) -> None:
+    for ending, start in [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")]:
+        path = tmp_path / f"figure.{ending}"
+        draw_curves().save(path)
+        assert path.read_bytes().startswith(start)
+
+
+def test_describes_itself() -> None:
+    assert repr(draw_curves()) == "Drawing with 2 panels"
+
+
+def test_tensors_with_gradient_can_be_drawn() -> None:
+    assert matrices({"W": torch.ones(2, 2, requires_grad=True)})
+
+
+def test_nothing_to_draw() -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        curves([])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        matrices({})
+
+
+def test_too_many_lines() -> None:
+    lines = {str(k): ([0], [k]) for k in range(len(STYLES) + 1)}
+    with pytest.raises(ValueError, match="5 lines in one panel"):
+        curves([Panel("x", "y", lines)])
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"hbp\[tutorials\]"):
+        draw_curves()
