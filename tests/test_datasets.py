@@ -78,7 +78,7 @@ class TestStandIns:
 
     @pytest.mark.parametrize(
         ("train", "digest"),
-        [(True, "TRAIN_DIGEST"), (False, "TEST_DIGEST")],
+        [(True, "1a6be6add6bd81f4"), (False, "f51c036ce1e435b3")],
     )
     def test_generated_images_are_the_same_everywhere(
         self, quick: None, train: bool, digest: str
@@ -97,7 +97,7 @@ class TestStandIns:
         test_images, test_labels = datasets.cifar10(train=False).tensors
         guesses = torch.cdist(test_images.flatten(1), means.flatten(1)).argmin(1)
         accuracy = (guesses == test_labels).float().mean()
-        assert 0.3 < accuracy < 0.95
+        assert 0.2 < accuracy < 0.8
 
     def test_need_no_torchvision(
         self, quick: None, name: str, monkeypatch: pytest.MonkeyPatch
@@ -151,7 +151,7 @@ class TestOfficialFiles:
         for split in ("train", "t10k"):
             write_idx(folder / f"{split}-images-idx3-ubyte", torch.zeros(2, 28, 28))
             write_idx(folder / f"{split}-labels-idx1-ubyte", torch.zeros(2))
-        with pytest.raises(RuntimeError, match="train-images.* is not the official"):
+        with pytest.raises(RuntimeError, match=r"train-images.* is not the official"):
             datasets.mnist(train=False)
 
     def test_file_that_cannot_be_read_is_named(self, root: Path) -> None:
@@ -160,7 +160,7 @@ class TestOfficialFiles:
         folder.mkdir(parents=True)
         for file in datasets.MNIST_MD5:
             (folder / file).touch()
-        with pytest.raises(RuntimeError, match="train-images.* is not the official"):
+        with pytest.raises(RuntimeError, match=r"train-images.* is not the official"):
             datasets.mnist(train=False)
 
     @pytest.mark.parametrize("missing", ["torchvision", "torchvision.datasets"])

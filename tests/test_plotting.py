@@ -56,7 +56,7 @@ def test_does_not_touch_pyplot(draw) -> None:
 def test_panels_hold_the_lines() -> None:
     left, right = draw_curves().figure.axes
     assert (left.get_xlabel(), right.get_xlabel()) == ("epochs", "seconds")
-    drawn = [line.get_ydata().tolist() for line in left.get_lines()]
+    drawn = [list(line.get_ydata()) for line in left.get_lines()]
     assert drawn[:2] == [y for _, y in LINES.values()]
     assert [text.get_text() for text in left.texts] == ["guessing", "● HBP", "■ Adam"]
 
@@ -91,8 +91,20 @@ def test_describes_itself() -> None:
     assert repr(draw_curves()) == "Drawing with 2 panels"
 
 
+@pytest.mark.filterwarnings("error")
 def test_tensors_with_gradient_can_be_drawn() -> None:
     assert matrices({"W": torch.ones(2, 2, requires_grad=True)})
+
+
+@pytest.mark.parametrize(
+    ("same_scale", "limits"), [(False, [1, 3, 1]), (True, [3, 3, 3])]
+)
+def test_scale_of_matrices(same_scale: bool, limits: list[float]) -> None:
+    tiles = {"a": torch.eye(2), "b": -3 * torch.eye(2), "zero": torch.zeros(2, 2)}
+    drawn = matrices(tiles, same_scale=same_scale).figure.axes
+    assert [axes.get_images()[0].get_clim() for axes in drawn] == [
+        (-limit, limit) for limit in limits
+    ]
 
 
 def test_nothing_to_draw() -> None:

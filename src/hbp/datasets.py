@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 __all__ = ["cifar10", "data_root", "mnist", "quick"]
 
 # torchvision compares the MD5 of what it downloads, and of CIFAR-10's files whenever
-# it reads them. Of MNIST's files it only asks whether they exist; so we compare.
+# it reads them. Of MNIST's files it only asks whether they exist. So we compare them.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -54,9 +54,9 @@ def mnist(train: bool) -> TensorDataset:
         images, labels = _digits(train)
         _announce(len(labels), "of scikit-learn's 8x8 digits", "MNIST", train)
         return TensorDataset(images, labels)
-    official = _official("MNIST", train)
     for name, checksum in MNIST_MD5.items():
-        _check_file(Path(official.raw_folder) / name, checksum)
+        _check_file(data_root() / "MNIST" / "raw" / name, checksum)
+    official = _official("MNIST", train)
     images = official.data[:, None].float().div_(255)
     return TensorDataset(images, official.targets.long())
 
@@ -125,7 +125,9 @@ def _official(name: str, train: bool) -> Any:
 
 
 def _check_file(path: Path, checksum: str) -> None:
-    """Raise a `RuntimeError` if the file's MD5 is not `checksum`."""
+    """Raise a `RuntimeError` if the file exists and its MD5 is not `checksum`."""
+    if not path.exists():
+        return
     if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != checksum:
         raise RuntimeError(
             f"{path} is not the official file: it is damaged or was replaced. "
@@ -166,24 +168,26 @@ def _digits(train: bool) -> tuple[Tensor, Tensor]:
 def _blobs(train: bool) -> tuple[Tensor, Tensor]:
     """Ten classes of soft colour patterns, under clutter and noise.
 
-    A class has a brightness and two patterns of its own. The clutter is made like
-    the patterns and outweighs them, so some images can't be told apart.
+    A class has a brightness and two patterns of its own. Each image adds to them a
+    brightness, a pattern and noise of its own, so no class stands apart from the
+    others. As with photographs, brightness is the first thing to be learned, and
+    does not lead far.
 
     The images are the same on every platform. So is the sequence of Python's random
     bytes, and all sums and products here are multiples of 1/64 that float32 holds
     exactly.
     """
-    count, seed = (5000, 1) if train else (1000, 3)
+    count, seed = (5000, 1) if train else (1000, 5)
     index = torch.arange(count)
     labels = index % 10
     brightness = 28 * torch.tensor([0, 7, 3, 9, 1, 6, 4, 8, 2, 5])
     patterns = _soft(_bytes(20, 3, 4, 4, seed=0))
-    clutter = _soft(_bytes(count, 3, 4, 4, seed=seed))
-    noise = _bytes(count, 3, 32, 32, seed=seed + 1)
-    mix = 2 * brightness[labels].view(-1, 1, 1, 1) + 3 * patterns[index % 20]
-    mix += 5 * clutter + 2 * noise
-    # From 0 ... 12 · 255 to 0 ... 255, with 1.5 times the contrast.
-    images = (128 + (mix - 6 * 255) / 8).floor_().clamp_(0, 255)
+    mix = 3 * brightness[labels].view(-1, 1, 1, 1) + 3 * patterns[index % 20]
+    mix += 4 * _bytes(count, 1, 1, 1, seed=seed)
+    mix += 4 * _soft(_bytes(count, 3, 4, 4, seed=seed + 1))
+    mix += _bytes(count, 3, 32, 32, seed=seed + 2)
+    # From 0 ... 15 · 255 to 0 ... 255, with nearly twice the contrast.
+    images = (128 + (mix - 7.5 * 255) / 8).floor_().clamp_(0, 255)
     return images.div_(255), labels
 
 

@@ -124,15 +124,16 @@ def curves(panels: Sequence[Panel], columns: int = 2) -> Drawing:
         return _finished(figure)
 
 
-def matrices(tiles: Mapping[str, Tensor], columns: int = 5) -> Drawing:
+def matrices(
+    tiles: Mapping[str, Tensor], columns: int = 5, same_scale: bool = False
+) -> Drawing:
     """Draw matrices, by title: blue where positive, orange where negative.
-
-    Each tile has a colour scale of its own, symmetric about zero, so compare the
-    patterns of two tiles, not their sizes.
 
     Args:
         tiles: Matrices [rows, columns] by title.
         columns: How many tiles stand side by side.
+        same_scale: Whether a colour means the same number in every tile. If not,
+            each tile has a scale of its own, so compare patterns, not sizes.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -143,13 +144,19 @@ def matrices(tiles: Mapping[str, Tensor], columns: int = 5) -> Drawing:
     colours = _matplotlib("colors").LinearSegmentedColormap.from_list(
         "curvature", [NEGATIVE, ZERO, POSITIVE]
     )
+    values = {title: tile.detach().cpu() for title, tile in tiles.items()}
+    largest = {title: float(tile.abs().max()) for title, tile in values.items()}
     with _matplotlib().rc_context(SETTINGS):
         figure, grid = _figure(len(tiles), columns, width=1.8, height=2.0)
-        for axes, (title, tile) in zip(grid, tiles.items(), strict=True):
-            values = tile.detach().cpu().numpy()
-            limit = abs(values).max() or 1
+        for axes, (title, tile) in zip(grid, values.items(), strict=True):
+            # Zeros need some limit too.
+            limit = (max(largest.values()) if same_scale else largest[title]) or 1
             axes.imshow(
-                values, cmap=colours, vmin=-limit, vmax=limit, interpolation="none"
+                tile.numpy(),
+                cmap=colours,
+                vmin=-limit,
+                vmax=limit,
+                interpolation="none",
             )
             axes.set_title(title, fontsize=10)
             axes.set_axis_off()
@@ -210,9 +217,13 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 def _name_lines(axes: Axes, lines: Mapping[str, Line]) -> None:
     """Write each line's name beside the height at which it ends."""
     low, high = axes.get_ylim()
-    ends = [(float(y[-1]) - low) / (high - low) for _, y in lines.values()]
-    places = _spread(ends, gap=0.09)
-    for name, place, style in zip(lines, places, STYLES, strict=False):
+    named = [
+        (name, (float(y[-1]) - low) / (high - low), style)
+        for (name, (_, y)), style in zip(lines.items(), STYLES, strict=False)
+        if len(y)
+    ]
+    places = _spread([height for _, height, _ in named], gap=0.09)
+    for (name, _, style), place in zip(named, places, strict=True):
         colour, _, _, letter = style
         axes.text(
             1.02,
