@@ -627,8 +627,8 @@ assert last_epochs(adam_batches, "loss") < last_epochs(
 print("Adam left the plateau first, and ended lower.")
 
 # %% [markdown]
-# Seeds matter a little. Change the one at the top, and the curves
-# shift by an epoch or so. The sentences above should stay true.
+# Change the seed at the top, and the curves shift a little. The
+# sentences above should stay true.
 #
 # ## Try it yourself
 #
