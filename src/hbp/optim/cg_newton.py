@@ -34,7 +34,8 @@ class StepInfo:
             iterate up to there was applied; after 0 iterations that is no step.
         step_norm: ‖d‖, before the learning rate.
         predicted_decrease: how far the damped quadratic model falls for the step
-            lr·d, in units of the loss.
+            lr·d, in units of the loss. It can exceed the loss itself: the averaged
+            block H ⊗ x̄x̄ᵀ is flat in every input direction but x̄.
     """
 
     iterations: int
