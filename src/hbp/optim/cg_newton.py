@@ -53,7 +53,7 @@ class CGNewton(torch.optim.Optimizer):
 
         [(1-α)H + αI] d = -g,        θ ← θ + lr·d
 
-    (Dangel, Harmeling & Hennig 2020, Section 4). With ``solver="cg"`` the system is
+    (Dangel, Harmeling & Hennig 2020). With ``solver="cg"`` the system is
     solved inexactly by conjugate gradients from 0. The iterates are those of CG on
     the full block; where the block's structure allows it they are computed in
     compressed coordinates (for H ⊗ x̄x̄ᵀ, out_features + 1 numbers). With
