@@ -13,6 +13,7 @@ import torch
 from helpers import close, indefinite, randn, spd
 from torch import Tensor
 
+from hbp import operators
 from hbp.operators import (
     Congruence,
     DenseOperator,
@@ -59,6 +60,18 @@ def _chain(make: Callable[[int], Tensor], formed: bool = False) -> Pair:
         dense = J.T @ dense @ J + np.diag(r)
     if formed:
         operator.to_dense()
+    return operator, dense
+
+
+def _through_narrow_weights(make: Callable[[int], Tensor]) -> Pair:
+    """Each layer twice as wide as the one above, so that a solve goes through that."""
+    operator, dense = _dense(make, 2)
+    for size in (4, 9):
+        W, d, r = randn(operator.shape[0], size), randn(size), randn(size).abs()
+        operator = Congruence(operator, MatrixMap(W))
+        operator = Congruence(operator, DiagonalMap(d), r, nonnegative=True)
+        J = W.numpy() * d.numpy()
+        dense = J.T @ dense @ J + np.diag(r)
     return operator, dense
 
 
@@ -125,6 +138,14 @@ BUILDERS: dict[str, Callable[..., Pair]] = {
 @pytest.fixture(params=[spd, indefinite], ids=["definite", "indefinite"])
 def make(request: pytest.FixtureRequest) -> Callable[[int], Tensor]:
     return request.param
+
+
+@pytest.fixture(autouse=True, params=[0, 256], ids=["chain", "dense if small"])
+def dense_features(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both forms of a product, though every matrix here is small."""
+    monkeypatch.setattr(operators, "DENSE_FEATURES", request.param)
 
 
 @pytest.fixture(params=BUILDERS)
@@ -206,13 +227,15 @@ def test_reduction_is_an_isometry(pair: Pair) -> None:
     b = randn(len(dense))
     reduction = operator.reduce(b)
     size = reduction.operator.shape[0]
-    assert size <= len(dense) + 1
-    assert reduction.rhs.shape == (size,)
+    assert size <= len(dense)
+    assert reduction.rhs.shape in {(size,), (size + 1,)}
     close(_expand(reduction, reduction.rhs, len(b)), b)
 
     krylov, full = [reduction.rhs], [b.numpy()]
     for _ in range(4):
-        krylov.append(reduction.operator @ krylov[-1])
+        product = torch.zeros_like(reduction.rhs)
+        product[:size] = reduction.operator @ krylov[-1][:size]
+        krylov.append(product)
         full.append(dense @ full[-1])
         close(_expand(reduction, krylov[-1], len(b)), full[-1])
     gram, full_gram = torch.stack(krylov), np.stack(full)
@@ -222,7 +245,8 @@ def test_reduction_is_an_isometry(pair: Pair) -> None:
 
     alpha = 0.02
     damped = (1 - alpha) * dense + alpha * np.eye(len(dense))
-    y = reduction.operator.solve(reduction.rhs, alpha)
+    y, margin = reduction.solve_damped(alpha)
+    assert margin > 1
     solution = _expand(reduction, y, len(b))
     close(solution, np.linalg.solve(damped, b), rtol=1e-9)
 
@@ -315,7 +339,16 @@ def test_a_matrix_that_was_formed_survives_the_weight() -> None:
     with torch.no_grad():
         weight.add_(1)
     close(operator.to_dense(), dense)
-    close(operator @ torch.eye(5, dtype=torch.float64), dense)
+
+
+def test_products_notice_a_changed_weight_though_the_matrix_was_formed() -> None:
+    weight, operator = _weight_chain()
+    operator @ randn(5)
+    operator.to_dense()
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="has changed since"):
+        operator @ randn(5)
 
 
 def test_a_copy_does_not_follow_the_weight() -> None:
@@ -392,7 +425,7 @@ def test_float32_keeps_its_digits() -> None:
     found = operator.solve(b, alpha)
     # The same through the reduction, as a step of CGNewton takes it.
     reduction, step = operator.reduce(b), torch.zeros_like(b)
-    reduction.add_to(step, reduction.operator.solve(reduction.rhs, alpha), scale=1.0)
+    reduction.add_to(step, reduction.solve_damped(alpha)[0], scale=1.0)
     # The algebraically equal form without projection.
     inner = torch.linalg.solve(
         (1 - alpha) * (x @ x) * H + alpha * torch.eye(len(H)), (1 - alpha) * H @ B @ x
@@ -442,6 +475,15 @@ def test_not_finite_curvature_is_no_solution() -> None:
         H[0, 0] = bad
         with pytest.raises(ArithmeticError, match="not finite"):
             DenseOperator(H).solve(randn(3), 0.1)
+
+
+def test_factors_may_be_stored_by_columns() -> None:
+    H, F = spd(3), randn(2, 4)
+    S = F.T @ F
+    expected = np.kron(H, S)
+    outer = DenseOperator(H.T.contiguous().T)
+    close(KroneckerBlock(outer, F.T.contiguous().T).to_dense(), expected)
+    close(KroneckerProduct(outer, S.T.contiguous().T).to_dense(), expected)
 
 
 def test_wrong_pieces() -> None:

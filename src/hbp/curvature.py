@@ -49,6 +49,11 @@ _TREATMENTS: Final[dict[str | None, Treatment]] = {
 }
 
 
+def is_nonnegative(treatment: Treatment) -> bool:
+    """Whether a treated diagonal has no negative entry, whatever it was before."""
+    return treatment is not _keep
+
+
 def second_order_treatment(name: str | None) -> Treatment:
     """Look up the treatment called ``name``.
 

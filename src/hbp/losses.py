@@ -87,10 +87,8 @@ def output_hessian(
         ArithmeticError: the Hessian has NaN or infinity.
     """
     _check_outputs(outputs)
-    with torch.enable_grad():
-        z = outputs.detach().requires_grad_()
-        loss = loss_func(z, targets)
     formula = _FORMULAS.get(type(loss_func))
+    z = outputs.detach()
     if formula is _cross_entropy and z.dim() < 2:
         raise ValueError(
             f"outputs has shape {list(z.shape)}, which CrossEntropyLoss takes as one "
@@ -98,11 +96,14 @@ def output_hessian(
         )
     # torch's MSELoss broadcasts, and then the formula is another.
     broadcast = formula is _mean_squared_error and targets.shape != z.shape
-    if formula is None or broadcast or z.dim() < 2:
-        return batch_summed_hessian(loss, z)
-    _check_loss(loss)
+    scalar = getattr(loss_func, "reduction", None) in ("mean", "sum")
+    if formula is None or broadcast or z.dim() < 2 or not scalar:
+        with torch.enable_grad():
+            z.requires_grad_()
+            return batch_summed_hessian(loss_func(z, targets), z)
     with torch.no_grad():
-        return _require_finite(formula(loss_func, z.detach(), targets))
+        loss_func(z, targets)  # It knows best which targets it takes.
+        return _require_finite(formula(loss_func, z, targets))
 
 
 def _cross_entropy(loss: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> Tensor:
@@ -111,7 +112,8 @@ def _cross_entropy(loss: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> Ten
     classes, positions = logits.shape[1:]
     p = logits.softmax(1)
     weighted = _cross_entropy_weights(loss, logits, targets).unsqueeze(1) * p
-    blocks = weighted.sum(0).T.diag_embed() - torch.einsum("ncs,nds->scd", weighted, p)
+    products = weighted.permute(2, 1, 0) @ p.permute(2, 0, 1)  # [S, C, C]
+    blocks = weighted.sum(0).T.diag_embed() - products
     # Positions do not mix: [S, C, C] → [C, S, C, S], zero where they differ.
     dense = blocks.permute(1, 2, 0).diag_embed().transpose(1, 2)
     return dense.reshape(classes * positions, classes * positions)

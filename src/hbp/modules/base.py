@@ -8,6 +8,7 @@ or output are one sample's features, flattened: the batch has been averaged away
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,8 +19,50 @@ from torch import Tensor, nn
 from hbp.curvature import Treatment, second_order_treatment
 from hbp.operators import DenseOperator, SymmetricOperator, attach_hessian
 
-Blocks = list[tuple[Tensor, SymmetricOperator]]
-"""Parameters and the curvature that ``backward_hessian`` will leave on them."""
+
+class HessianPass:
+    """What one Hessian pass collects on its way, before anything is changed.
+
+    Args:
+        treatment: How second-order terms are modified.
+
+    Attributes:
+        treatment: The same.
+        blocks: Parameters and the curvature that will be left on them.
+    """
+
+    def __init__(self, treatment: Treatment) -> None:
+        self.treatment = treatment
+        self.blocks: list[tuple[Tensor, SymmetricOperator]] = []
+        self._statistics: list[tuple[Tensor, str, nn.Module]] = []
+
+    def finite(self, statistic: Tensor, what: str, module: nn.Module) -> Tensor:
+        """Return ``statistic``; ``finish`` will check it."""
+        self._statistics.append((statistic, what, module))
+        return statistic
+
+    def finish(self) -> None:
+        """Check every statistic, and then set ``p.hessian`` on the parameters.
+
+        On a GPU a check waits for all that was launched before it, so there is only
+        one.
+
+        Raises:
+            ArithmeticError: a statistic contains NaN or infinity.
+        """
+        if self._statistics:
+            tensors = [statistic for statistic, _, _ in self._statistics]
+            largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+            for size, (_, what, module) in zip(
+                largest.tolist(), self._statistics, strict=True
+            ):
+                if not math.isfinite(size):
+                    raise ArithmeticError(
+                        f"The {what} of {module} contains NaN or infinity. Check the "
+                        "inputs, the weights and the loss of the last forward pass."
+                    )
+        for parameter, block in self.blocks:
+            attach_hessian(parameter, block)
 
 
 class Record:
@@ -225,39 +268,39 @@ class HBPModule(nn.Module):
                 gradients were accumulated over several passes.
             ArithmeticError: what was recorded contains NaN or infinity.
         """
-        treatment = second_order_treatment(modify_2nd_order_terms)
+        hessian_pass = HessianPass(second_order_treatment(modify_2nd_order_terms))
         operator = as_operator(output_hessian)
         with torch.no_grad():
-            input_hessian, blocks = self._send_back(
-                operator, treatment, compute_input_hessian
+            input_hessian = self._send_back(
+                operator, hessian_pass, compute_input_hessian
             )
-        for parameter, block in blocks:
-            attach_hessian(parameter, block)
+            hessian_pass.finish()
         return input_hessian
 
     def _send_back(
         self,
         output_hessian: SymmetricOperator,
-        treatment: Treatment,
+        hessian_pass: HessianPass,
         compute_input_hessian: bool,
-    ) -> tuple[SymmetricOperator | None, Blocks]:
-        """H_x, if asked for, and the parameters' blocks. Changes nothing."""
+    ) -> SymmetricOperator | None:
+        """H_x, if asked for; the pass collects the parameters' blocks."""
         self._check_pass()
         self._check_hessian(output_hessian)
-        blocks = self._parameter_hessians(output_hessian)
+        self._parameter_hessians(output_hessian, hessian_pass)
         if not compute_input_hessian:
-            return None, blocks
-        return self._input_hessian(output_hessian, treatment), blocks
+            return None
+        return self._input_hessian(output_hessian, hessian_pass)
 
     def _input_hessian(
-        self, output_hessian: SymmetricOperator, treatment: Treatment
+        self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> SymmetricOperator:
         """The rule for H_x; every layer has one."""
         raise TypeError(f"{type(self).__name__} defines no rule _input_hessian.")
 
-    def _parameter_hessians(self, output_hessian: SymmetricOperator) -> Blocks:
+    def _parameter_hessians(
+        self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
+    ) -> None:
         """The rule for H_θ, for the parameters that require a gradient."""
-        return []
 
     @property
     def last_record(self) -> Record:
@@ -313,6 +356,12 @@ class HBPModule(nn.Module):
             )
 
 
+def sum_over_batch(values: Tensor) -> Tensor:
+    """Σ_n of values, [N, features] → [features]."""
+    # A matrix product streams through memory; a reduction over dimension 0 strides.
+    return values.new_ones(len(values)) @ values
+
+
 def _give_hessian(parameter: Tensor | None) -> None:
     if parameter is not None:
         vars(parameter).setdefault("hessian", None)
@@ -347,22 +396,13 @@ def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
             f"output_hessian has shape {list(matrix.shape)}; it must be [C, C] for C "
             "output features, as from batch_summed_hessian(loss, outputs)."
         )
-    if not bool(matrix.isfinite().all()):
+    sizes = torch.stack([matrix.abs().max(), (matrix - matrix.T).abs().max()])
+    largest, asymmetry = sizes.tolist()
+    if not math.isfinite(largest):
         raise ValueError(
             "output_hessian contains NaN or infinity. Check the loss and the inputs."
         )
     # Autograd's round-off is a few eps; a wrong matrix is off by far more.
-    tolerance = torch.finfo(matrix.dtype).eps ** 0.5 * matrix.abs().max()
-    if not bool((matrix - matrix.T).abs().max() <= tolerance):
+    if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * largest:
         raise ValueError("output_hessian is not symmetric.")
     return DenseOperator(matrix)
-
-
-def require_finite(statistic: Tensor, what: str, module: nn.Module) -> Tensor:
-    """Return ``statistic``, or raise ArithmeticError if it has NaN or infinity."""
-    if not bool(statistic.isfinite().all()):
-        raise ArithmeticError(
-            f"The {what} of {module} contains NaN or infinity. Check the inputs, the "
-            "weights and the loss of the last forward pass."
-        )
-    return statistic

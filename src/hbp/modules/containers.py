@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from hbp.curvature import Treatment
-from hbp.modules.base import Blocks, HBPModule
+from hbp.modules.base import HBPModule, HessianPass
 from hbp.operators import SymmetricOperator
 
 
@@ -23,18 +22,16 @@ class HBPSequential(HBPModule, nn.Sequential):
     def _send_back(
         self,
         output_hessian: SymmetricOperator,
-        treatment: Treatment,
+        hessian_pass: HessianPass,
         compute_input_hessian: bool,
-    ) -> tuple[SymmetricOperator | None, Blocks]:
+    ) -> SymmetricOperator | None:
         hessian: SymmetricOperator | None = output_hessian
-        blocks: Blocks = []
         children = self._checked_children()
         while children and hessian is not None:
             module = children.pop()
             further = compute_input_hessian or _is_trainable(children)
-            hessian, own = module._send_back(hessian, treatment, further)
-            blocks += own
-        return hessian if compute_input_hessian else None, blocks
+            hessian = module._send_back(hessian, hessian_pass, further)
+        return hessian if compute_input_hessian else None
 
     def _checked_children(self) -> list[HBPModule]:
         """The children, once nothing in them would make their curvature wrong."""

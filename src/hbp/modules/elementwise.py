@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hbp.curvature import Treatment
-from hbp.modules.base import HBPModule, require_finite
+from hbp.curvature import is_nonnegative
+from hbp.modules.base import HBPModule, HessianPass, sum_over_batch
 from hbp.operators import Congruence, DenseOperator, DiagonalMap, SymmetricOperator
 
 Function = Callable[[Tensor], Tensor]
@@ -47,8 +47,8 @@ class ElementwiseRule(HBPModule):
         """φ' of every entry, [N, ...]; values are x, or z, see above."""
         return self._differentiate(values)[0]
 
-    def second_derivative(self, values: Tensor) -> Tensor | None:
-        """φ'' of every entry, [N, ...]; None if it is 0 everywhere."""
+    def second_derivative(self, values: Tensor, first: Tensor) -> Tensor | None:
+        """φ'' of every entry, [N, ...], given φ'; None if it is 0 everywhere."""
         return self._differentiate(values)[1]
 
     @torch.enable_grad()
@@ -59,30 +59,30 @@ class ElementwiseRule(HBPModule):
         return first.detach(), _gradient_of_sum(first, x).detach()
 
     def _input_hessian(
-        self, output_hessian: SymmetricOperator, treatment: Treatment
+        self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> SymmetricOperator:
-        slopes = self._slopes()
-        second_order = self._second_order(treatment)
+        first = self.first_derivative(self.last_record.kept)
+        slopes = first.flatten(1)
+        second_order = self._second_order(first, hessian_pass)
         if self.average_input_jacobian:
-            mean = require_finite(slopes.mean(0), "mean derivative", self)
-            return Congruence(output_hessian, DiagonalMap(mean), second_order)
-        products = require_finite(slopes.T @ slopes / len(slopes), "derivative", self)
-        matrix = products * output_hessian.to_dense()
+            mean = sum_over_batch(slopes) / len(slopes)
+            hessian_pass.finite(mean, "mean derivative", self)
+            positive = is_nonnegative(hessian_pass.treatment)
+            return Congruence(output_hessian, DiagonalMap(mean), second_order, positive)
+        products = slopes.T @ slopes / len(slopes)
+        hessian_pass.finite(products, "derivative", self)
+        matrix = products.mul_(output_hessian.to_dense())
         if second_order is not None:
             matrix.diagonal().add_(second_order)
         return DenseOperator(matrix)
 
-    def _slopes(self) -> Tensor:
-        """φ' of every sample, [N, features]."""
-        return self.first_derivative(self.last_record.kept).flatten(1)
-
-    def _second_order(self, treatment: Treatment) -> Tensor | None:
+    def _second_order(self, first: Tensor, hessian_pass: HessianPass) -> Tensor | None:
         """mod(Σ_n φ''(x_n) ⊙ δ_n), [features], or None where it is zero."""
-        if treatment is None:
+        if hessian_pass.treatment is None:
             return None
         record = self.last_record
-        bend = self.second_derivative(record.kept)
-        if bend is None:
+        second = self.second_derivative(record.kept, first)
+        if second is None:
             return None
         if record.output_gradient is None:
             raise RuntimeError(
@@ -90,8 +90,9 @@ class ElementwiseRule(HBPModule):
                 "output, but nothing before it requires one. Call "
                 "inputs.requires_grad_() before the forward pass, or choose 'zero'."
             )
-        total = (bend * record.output_gradient).flatten(1).sum(0)
-        return treatment(require_finite(total, "second-order term", self))
+        total = sum_over_batch((second * record.output_gradient).flatten(1))
+        hessian_pass.finite(total, "second-order term", self)
+        return hessian_pass.treatment(total)
 
     def extra_repr(self) -> str:
         """The layer's options and its batch scheme."""
@@ -114,12 +115,12 @@ class HBPSigmoid(ElementwiseRule, nn.Sigmoid):
     derivatives_from_output = True
 
     def first_derivative(self, z: Tensor) -> Tensor:
-        """φ' = z(1 - z)."""
-        return z * (1 - z)
+        """φ' = z(1 - z) = z - z²."""
+        return torch.addcmul(z, z, z, value=-1)
 
-    def second_derivative(self, z: Tensor) -> Tensor:
-        """φ'' = z(1 - z)(1 - 2z)."""
-        return z * (1 - z) * (1 - 2 * z)
+    def second_derivative(self, z: Tensor, first: Tensor) -> Tensor:
+        """φ'' = φ'(1 - 2z)."""
+        return torch.addcmul(first, first, z, value=-2)
 
 
 class HBPTanh(ElementwiseRule, nn.Tanh):
@@ -131,9 +132,9 @@ class HBPTanh(ElementwiseRule, nn.Tanh):
         """φ' = 1 - z²."""
         return 1 - z.square()
 
-    def second_derivative(self, z: Tensor) -> Tensor:
-        """φ'' = -2z(1 - z²)."""
-        return -2 * z * (1 - z.square())
+    def second_derivative(self, z: Tensor, first: Tensor) -> Tensor:
+        """φ'' = -2zφ'."""
+        return -2 * z * first
 
 
 class HBPReLU(ElementwiseRule, nn.ReLU):
@@ -149,7 +150,7 @@ class HBPReLU(ElementwiseRule, nn.ReLU):
         """φ' = 1 where z > 0, else 0."""
         return (z > 0).to(z.dtype)
 
-    def second_derivative(self, z: Tensor) -> None:
+    def second_derivative(self, z: Tensor, first: Tensor) -> None:
         """φ'' = 0."""
         return
 
@@ -220,9 +221,9 @@ class HBPElementwise(ElementwiseRule, _Function):
         """φ'(x)."""
         return self.first(x) if self.first else super().first_derivative(x)
 
-    def second_derivative(self, x: Tensor) -> Tensor | None:
+    def second_derivative(self, x: Tensor, first: Tensor) -> Tensor | None:
         """φ''(x)."""
-        return self.second(x) if self.second else super().second_derivative(x)
+        return self.second(x) if self.second else super().second_derivative(x, first)
 
     def extra_repr(self) -> str:
         """The function's name and the batch scheme."""

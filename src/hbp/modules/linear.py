@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hbp.curvature import Treatment
-from hbp.modules.base import Blocks, HBPModule, require_finite
+from hbp.modules.base import HBPModule, HessianPass, sum_over_batch
 from hbp.operators import Congruence, KroneckerBlock, MatrixMap, SymmetricOperator
 
 
@@ -32,27 +31,26 @@ class HBPLinear(HBPModule, nn.Linear):
         return self.record(input, super().forward(input), keep=input)
 
     def _input_hessian(
-        self, output_hessian: SymmetricOperator, treatment: Treatment
+        self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> SymmetricOperator:
         return Congruence(output_hessian, MatrixMap(self.weight))
 
-    def _parameter_hessians(self, output_hessian: SymmetricOperator) -> Blocks:
-        blocks: Blocks = []
+    def _parameter_hessians(
+        self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
+    ) -> None:
         if self.weight.requires_grad:
-            rows = self._input_rows()
-            blocks.append((self.weight, KroneckerBlock(output_hessian, rows)))
+            rows = hessian_pass.finite(self._input_rows(), "input", self)
+            block = KroneckerBlock(output_hessian, rows)
+            hessian_pass.blocks.append((self.weight, block))
         if self.bias is not None and self.bias.requires_grad:
-            blocks.append((self.bias, output_hessian))
-        return blocks
+            hessian_pass.blocks.append((self.bias, output_hessian))
 
     def _input_rows(self) -> Tensor:
         """F with FᵀF = x̄x̄ᵀ, [1, in], or FᵀF = E[xxᵀ], [N, in]."""
         x = self.last_record.kept
         if self.average_parameter_jacobian:
-            rows = x.mean(0, keepdim=True)
-        else:
-            rows = x / len(x) ** 0.5
-        return require_finite(rows, "input", self)
+            return (sum_over_batch(x) / len(x)).unsqueeze(0)
+        return x / len(x) ** 0.5
 
     def _check_pass(self) -> None:
         super()._check_pass()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hbp.curvature import Treatment
-from hbp.modules.base import HBPModule
+from hbp.modules.base import HBPModule, HessianPass
 from hbp.operators import SymmetricOperator
 
 
@@ -23,6 +22,6 @@ class HBPFlatten(HBPModule, nn.Flatten):
         )
 
     def _input_hessian(
-        self, output_hessian: SymmetricOperator, treatment: Treatment
+        self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> SymmetricOperator:
         return output_hessian

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, overload
+from typing import Any, Final, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,12 +14,16 @@ from torch.nn import Parameter
 
 from hbp.operators import (
     MatrixFree,
-    Reduction,
     SymmetricOperator,
     attach_hessian,
     check_alpha,
+    singular_message,
 )
-from hbp.optim.cg import cg, check_cg_options
+from hbp.optim.cg import check_cg_options
+from hbp.optim.lockstep import CHECK_EVERY, Damped, cg_lockstep
+
+LOCKSTEP_UNKNOWNS: Final = 2**16
+"""Systems of more unknowns are solved one by one: they gain nothing from company."""
 
 
 @dataclass(frozen=True)
@@ -157,13 +161,10 @@ class CGNewton(torch.optim.Optimizer):
                 loss = closure()
             _check_loss(loss)
         systems = self._systems()
-        solutions = [system.solve() for system in systems]
-        for system, (y, _) in zip(systems, solutions, strict=True):
-            system.apply(y)
-        self.last_step = {
-            system.parameter: info
-            for system, (_, info) in zip(systems, solutions, strict=True)
-        }
+        solutions = _solve(systems)
+        for system in systems:
+            system.apply(solutions[system][0])
+        self.last_step = {s.parameter: solutions[s][1] for s in systems}
         return loss
 
     def _systems(self) -> list[_System]:
@@ -235,23 +236,65 @@ class _System:
             )
         return hessian
 
-    def solve(self) -> tuple[Tensor, StepInfo]:
-        """The coordinates of d, and what happened."""
-        if not bool(self.reduction.rhs.isfinite().all()):
-            raise ArithmeticError(
-                f"No step was taken; the gradient of {self.name} has NaN or infinity."
-            )
-        solve = _by_cg if self.options["solver"] == "cg" else _directly
-        try:
-            y, info = solve(self.reduction, self.options)
-        except ArithmeticError as error:
-            raise ArithmeticError(f"No step was taken; {self.name}: {error}") from error
-        if not math.isfinite(info.step_norm):
-            raise ArithmeticError(
-                f"No step was taken; the direction for {self.name} has NaN or "
-                "infinity. Is its curvature finite?"
-            )
-        return y, info
+    @property
+    def rhs(self) -> Tensor:
+        """g in coordinates, [k]."""
+        return self.reduction.rhs
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a product costs more than what the systems could share."""
+        is_function = isinstance(self.reduction.operator, MatrixFree)
+        return is_function or len(self.rhs) > LOCKSTEP_UNKNOWNS
+
+    @property
+    def damped(self) -> Damped:
+        """The system for conjugate gradients."""
+        o, operator = self.options, self.reduction.operator
+        stop = o["cg_tol"], o["cg_atol"], o["cg_maxiter"]
+        return Damped(operator, o["alpha"], self.rhs, *stop)
+
+    def info(
+        self,
+        iterations: float,
+        residual_norm: float,
+        converged: float,
+        negative_curvature: float,
+        step_norm: float,
+        descent: float,
+        margin: float,
+    ) -> StepInfo:
+        """What happened, of a solution d with gᵀd = ``descent``.
+
+        At θ - lr·d the model has changed by -lr·gᵀd + ½lr²·dᵀCd, C = (1-α)H + αI. A
+        solution has Cd = g; so has every CG iterate from 0 as far as dᵀ can see, for
+        its residual is orthogonal to d. Hence dᵀCd = gᵀd.
+
+        Raises:
+            ArithmeticError: the numbers say that d is no solution.
+        """
+        if not (math.isfinite(residual_norm + step_norm) and margin > 1):
+            raise ArithmeticError(f"No step was taken; {self._blame(margin)}")
+        lr = self.options["lr"]
+        return StepInfo(
+            int(iterations),
+            residual_norm,
+            bool(converged),
+            bool(negative_curvature),
+            step_norm,
+            (lr - lr**2 / 2) * descent,
+        )
+
+    def _blame(self, margin: float) -> str:
+        """Why there is no solution."""
+        if not bool(self.rhs.isfinite().all()):
+            return f"the gradient of {self.name} has NaN or infinity."
+        if not margin > 1:
+            return f"{self.name}: {singular_message(self.options['alpha'])}"
+        return (
+            f"the direction for {self.name} has NaN or infinity. Is its curvature "
+            "finite?"
+        )
 
     def apply(self, y: Tensor) -> None:
         """θ ← θ - lr·d for the d with coordinates y."""
@@ -264,54 +307,58 @@ class _System:
             p.add_(step)
 
 
-class _Damped:
-    """(1-α)A + αI, for conjugate gradients."""
+def _solve(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, StepInfo]]:
+    """The coordinates of d, and what happened, for every system.
 
-    def __init__(self, operator: SymmetricOperator, alpha: float) -> None:
-        self.operator = operator
-        self.alpha = alpha
-
-    def __matmul__(self, vector: Tensor) -> Tensor:
-        product = self.operator @ vector
-        return torch.lerp(product, vector, self.alpha)
-
-
-def _by_cg(reduction: Reduction, options: dict[str, Any]) -> tuple[Tensor, StepInfo]:
-    result = cg(
-        _Damped(reduction.operator, options["alpha"]),
-        reduction.rhs,
-        tol=options["cg_tol"],
-        atol=options["cg_atol"],
-        maxiter=options["cg_maxiter"],
-    )
-    info = StepInfo(
-        result.iterations,
-        result.residual_norm,
-        result.converged,
-        result.negative_curvature,
-        *_model(reduction, result.x, options["lr"]),
-    )
-    return result.x, info
-
-
-def _directly(reduction: Reduction, options: dict[str, Any]) -> tuple[Tensor, StepInfo]:
-    alpha = options["alpha"]
-    y = reduction.operator.solve(reduction.rhs, alpha)
-    residual = _Damped(reduction.operator, alpha) @ y - reduction.rhs
-    norm = float(torch.linalg.vector_norm(residual))
-    info = StepInfo(0, norm, True, False, *_model(reduction, y, options["lr"]))
-    return y, info
-
-
-def _model(reduction: Reduction, y: Tensor, lr: float) -> tuple[float, float]:
-    """‖d‖ and the decrease of the quadratic model.
-
-    At θ - lr·d it has changed by -lr·gᵀd + ½lr²·dᵀCd, C = (1-α)H + αI. A solution has
-    Cd = g; so has every CG iterate from 0 as far as dᵀ can see, for its residual is
-    orthogonal to d. Hence dᵀCd = gᵀd.
+    Raises:
+        ArithmeticError: a gradient or a curvature is not finite, or a matrix singular.
     """
-    descent = float(y @ reduction.rhs)
-    return float(torch.linalg.vector_norm(y)), (lr - lr**2 / 2) * descent
+    solutions = {}
+    for group in _groups(systems):
+        solve = _by_cg if group[0].options["solver"] == "cg" else _directly
+        directions, outcomes = solve(group)
+        # The only place where the host waits for the solutions.
+        rows = outcomes.double().tolist()
+        for system, d, row in zip(group, directions, rows, strict=True):
+            solutions[system] = d, system.info(*row)
+    return solutions
+
+
+def _groups(systems: Sequence[_System]) -> Iterable[list[_System]]:
+    """Small systems together, large ones and functions of the user alone."""
+    groups: dict[object, list[_System]] = {}
+    for system in systems:
+        kind = system.options["solver"], system.rhs.dtype, system.rhs.device
+        groups.setdefault(system if system.is_large else kind, []).append(system)
+    return groups.values()
+
+
+def _by_cg(group: Sequence[_System]) -> tuple[Sequence[Tensor], Tensor]:
+    """The coordinates of d by conjugate gradients, and a row of facts for each."""
+    # A product of a large system costs more than the host's look at the residual.
+    result = cg_lockstep(
+        [system.damped for system in group], 1 if group[0].is_large else CHECK_EVERY
+    )
+    facts = torch.stack(result[1:], dim=1)
+    margins = facts.new_full((len(group), 1), math.inf)
+    directions = [d[: len(s.rhs)] for s, d in zip(group, result.x, strict=True)]
+    return directions, torch.cat([facts, margins], dim=1)
+
+
+def _directly(group: Sequence[_System]) -> tuple[Sequence[Tensor], Tensor]:
+    """The coordinates of d by factorisation, and a row of facts for each."""
+    directions, rows = [], []
+    for system in group:
+        operator, alpha, b = system.damped[:3]
+        d, margin = system.reduction.solve_damped(alpha)
+        residual = alpha * d - b
+        k = operator.shape[0]
+        operator.add_product(residual[:k, None], d[:k, None], 1 - alpha)
+        norm, one = torch.linalg.vector_norm, margin.new_ones(())
+        facts = [0 * one, norm(residual), one, 0 * one, norm(d), d @ b, margin]
+        directions.append(d)
+        rows.append(torch.stack(facts))
+    return directions, torch.stack(rows)
 
 
 def _check_loss(loss: object) -> None:

@@ -1,0 +1,149 @@
+"""Conjugate gradients on many systems at once, without waiting for a GPU.
+
+The systems of one optimizer step are small and many: their vectors fill the rows of
+one matrix, and every vector operation of the iteration serves all of them. Scalars
+stay on the device. A row that is done is frozen there by steps of length zero, so
+the result does not depend on how often the host looks; it looks every few iterations,
+and leaves out the products of the rows it finds done.
+
+Row by row, the iterates are those of ``hbp.cg``, which is the one to read first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbp.operators import SymmetricOperator
+
+CHECK_EVERY: Final = 3
+"""Iterations between two reads of what is done: each read makes the host wait."""
+
+
+class Damped(NamedTuple):
+    """The system [(1-α)A + αI] x = b, and when to stop.
+
+    Attributes:
+        operator: A, [k, k]. Where b is longer than k, A has zeros there.
+        alpha: α.
+        b: Right-hand side, [n], n ≥ k.
+        tol: Stop at ‖r‖ ≤ max(tol·‖b‖, atol).
+        atol: See ``tol``.
+        maxiter: At most this many products; ``None`` means 10 n.
+    """
+
+    operator: SymmetricOperator
+    alpha: float
+    b: Tensor
+    tol: float
+    atol: float
+    maxiter: int | None
+
+
+class LockstepResult(NamedTuple):
+    """What ``cg_lockstep`` returns, one row or entry per system, on the device.
+
+    Attributes:
+        x: The last iterates, [systems, width]; row i is padded with zeros.
+        iterations: Steps taken.
+        residual_norm: ‖b - [(1-α)A + αI] x‖ as the recurrence knows it; NaN where the
+            iteration met NaN or infinity.
+        converged: Whether residual_norm ≤ max(tol·‖b‖, atol).
+        negative_curvature: Whether the iteration ended at a direction p with
+            pᵀ[(1-α)A + αI]p ≤ 0.
+        norm: ‖x‖.
+        descent: xᵀb.
+    """
+
+    x: Tensor
+    iterations: Tensor
+    residual_norm: Tensor
+    converged: Tensor
+    negative_curvature: Tensor
+    norm: Tensor
+    descent: Tensor
+
+
+@torch.no_grad()
+def cg_lockstep(
+    systems: Sequence[Damped], check_every: int = CHECK_EVERY
+) -> LockstepResult:
+    """Solve systems of one dtype and device by conjugate gradients from 0.
+
+    Args:
+        systems: At least one.
+        check_every: Iterations between two host reads.
+
+    Returns:
+        The iterates that ``hbp.cg`` ends with, and what happened.
+    """
+    b = _rows([system.b for system in systems])
+    budgets = [s.maxiter or 10 * len(s.b) for s in systems]
+    options = [(s.alpha, s.tol, s.atol) for s in systems]
+    alpha, tol, atol = b.new_tensor(options).unsqueeze(2).unbind(1)
+    budget = torch.tensor(budgets, device=b.device).unsqueeze(1)
+
+    # In units of a power of 2 near max|b|: exact, and no square over- or underflows.
+    exponent = torch.frexp(b.abs().amax(1, keepdim=True)).exponent
+    unit = torch.exp2(exponent.to(b.dtype))
+    r = b / unit
+    p, x, Ap = r.clone(), torch.zeros_like(b), torch.empty_like(b)
+    products = []
+    for i, system in enumerate(systems):
+        k = system.operator.shape[0]
+        product = Ap[i, :k, None], p[i, :k, None], 1 - system.alpha
+        products.append((system.operator.add_product, product))
+    rr = _dot(r, r)
+    target = torch.maximum(tol * tol * rr, (atol / unit).square())
+    active = rr > target
+    iterations, zero = torch.zeros_like(budget), b.new_zeros(())
+
+    for iteration in range(max(budgets)):
+        if iteration % check_every == 0:
+            running = active.flatten().tolist()
+            if not any(running):
+                break
+        torch.mul(p, alpha, out=Ap)
+        for (add_product, arguments), is_running in zip(products, running, strict=True):
+            if is_running:
+                add_product(*arguments)
+        curvature = _dot(p, Ap)
+        active &= curvature > 0
+        step = torch.where(active, rr / curvature, zero)
+        x.addcmul_(step, p)
+        r.addcmul_(step, Ap, value=-1)
+        iterations += active
+        rr_new = _dot(r, r)
+        active &= rr_new > target
+        if iteration + 1 >= min(budgets):
+            active &= iterations < budget
+        torch.addcmul(r, p, torch.where(active, rr_new / rr, zero), out=p)
+        rr = rr_new
+
+    converged = rr <= target
+    columns = (
+        iterations,
+        rr.sqrt() * unit,
+        converged,
+        ~converged & (iterations < budget),
+        _dot(x, x).sqrt() * unit,
+        _dot(x, b / unit) * unit * unit,
+    )
+    return LockstepResult(x * unit, *(column.squeeze(1) for column in columns))
+
+
+def _rows(vectors: Sequence[Tensor]) -> Tensor:
+    """Vectors as rows, padded with zeros."""
+    width = max(len(vector) for vector in vectors)
+    rows = vectors[0].new_zeros(len(vectors), width)
+    for row, vector in zip(rows, vectors, strict=True):
+        row[: len(vector)] = vector
+    return rows
+
+
+def _dot(u: Tensor, v: Tensor) -> Tensor:
+    """Inner products row by row, [systems, 1]."""
+    return (u * v).sum(1, keepdim=True)
