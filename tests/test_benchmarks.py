@@ -369,8 +369,8 @@ def test_methods_alternate_and_slow_ones_stop_early(
     assert calls[:6] == ["a", "b", "slow"] * 2
     assert [len(times) for times in seconds.values()] == [6, 6, measure.FEWEST]
     result = measure.summary(seconds)
-    assert [r["times_sgd"] for r in result.values()] == [1, 2, 50]
-    assert [r["rounds"] for r in result.values()] == [6, 6, measure.FEWEST]
+    assert [r.times_sgd for r in result.values()] == [1, 2, 50]
+    assert [r.rounds for r in result.values()] == [6, 6, measure.FEWEST]
 
 
 def test_the_stages_are_the_step() -> None:
@@ -405,6 +405,22 @@ def test_training_leaves_the_start() -> None:
     before = loss_of(model, images.float(), labels)
     points.train(model, data, epochs=20)
     assert loss_of(model, images.float(), labels) < before
+
+
+def test_mid_training_is_trained_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = TensorDataset(torch.rand(20, 3, 32, 32), torch.arange(20) % 10)
+    sets = iter([data])
+    monkeypatch.setattr(points, "cifar10", lambda train: next(sets))
+    monkeypatch.setattr(points, "CACHE", tmp_path / "build" / "mid.pt")
+    monkeypatch.setattr(points, "EPOCHS", 1)
+    first = points.mid_training("cpu")
+    second = points.mid_training("cpu")  # There is no second set to train on.
+    start = points.initial()
+    for name, p in second.named_parameters():
+        assert torch.equal(p, first.get_parameter(name))
+        assert not torch.equal(p, start.get_parameter(name))
 
 
 def test_without_official_data_nothing_is_trained(

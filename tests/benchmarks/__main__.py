@@ -9,7 +9,7 @@ import argparse
 import copy
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -63,7 +63,7 @@ def full_problem(device: str) -> Problem:
     images, labels, data = points.batch()
     models: dict[str, nn.Module | str] = {"initialisation": points.initial().to(device)}
     if points.have_cifar10():
-        models["mid-training"] = points.mid_training().to(device)
+        models["mid-training"] = points.mid_training(device)
     else:
         models["mid-training"] = "the official CIFAR-10 is not here"
     return Problem(points.SIZES, images.to(device), labels.to(device), data, models)
@@ -120,10 +120,13 @@ def section(
         if isinstance(model, str):
             steps[point] = parts[point] = {"skipped": model}
             continue
-        print(f"{point}: steps of {len(methods)} methods", flush=True)
-        steps[point] = table.measure(
+        print(f"{point}: steps, ms and multiples of SGD's", flush=True)
+        measured = table.measure(
             model, methods, images, labels, plan.rounds, plan.budget
         )
+        for name, result in measured.methods.items():
+            print(f"{name:28}{1e3 * result.seconds:9.1f}{result.times_sgd:8.2f}")
+        steps[point] = asdict(measured)
         newtons = {
             "hbp, cg": Newton(copy.deepcopy(model), STILL),
             "hbp, direct": Newton(copy.deepcopy(model), STILL, "direct"),

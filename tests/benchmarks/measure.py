@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,24 +80,33 @@ def alternate(
     return {name: times[WARMUP:] for name, times in seconds.items()}
 
 
-def summary(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, object]]:
-    """Median seconds, and the median and quartiles of the ratio to the first method.
+@dataclass(frozen=True)
+class Timing:
+    """How long a step takes.
 
-    A ratio is taken within a round.
+    Args:
+        seconds: The median.
+        times_sgd: The median ratio to the first method, within a round.
+        quartiles: Those of that ratio, the lower and the upper.
+        rounds: How often it was timed.
     """
+
+    seconds: float
+    times_sgd: float
+    quartiles: tuple[float, float]
+    rounds: int
+
+
+def summary(seconds: Mapping[str, list[float]]) -> dict[str, Timing]:
+    """The timing of each method; the first is what the others are compared with."""
     baseline = next(iter(seconds.values()))
-    results: dict[str, dict[str, object]] = {}
+    timings = {}
     for name, times in seconds.items():
         # A method that ran out of its budget has fewer rounds than the first.
         ratios = [t / b for t, b in zip(times, baseline, strict=False)]
-        low, _, high = quantiles(ratios, n=4, method="inclusive")
-        results[name] = {
-            "seconds": median(times),
-            "times_sgd": median(ratios),
-            "quartiles": [low, high],
-            "rounds": len(times),
-        }
-    return results
+        low, middle, high = quantiles(ratios, n=4, method="inclusive")
+        timings[name] = Timing(median(times), middle, (low, high), len(times))
+    return timings
 
 
 @contextmanager

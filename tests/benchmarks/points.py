@@ -55,23 +55,24 @@ def initial() -> nn.Module:
     return network()
 
 
-def mid_training() -> nn.Module:
+def mid_training(device: str) -> nn.Module:
     """The network after ``EPOCHS`` epochs; needs CIFAR-10, and minutes at first."""
-    model = initial()
+    model = initial().to(device)
     if not CACHE.exists():
         data = cifar10(train=True)
         train(model, data, EPOCHS)
         CACHE.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), CACHE)
-    model.load_state_dict(torch.load(CACHE, weights_only=True))
+    model.load_state_dict(torch.load(CACHE, map_location=device, weights_only=True))
     return model
 
 
 def train(model: nn.Module, data: TensorDataset, epochs: int) -> None:
     """Train in place as tutorial 02 does: its settings, its order of the batches."""
+    device = next(model.parameters()).device
     step = Newton(model, lr=0.15)
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(data, batch_size=BATCH, shuffle=True, generator=generator)
     for _ in range(epochs):
         for images, labels in loader:
-            step(images, labels)
+            step(images.to(device), labels.to(device))

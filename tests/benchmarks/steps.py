@@ -3,6 +3,12 @@
 A step is forward, loss, backward, curvature, solve and update. All second-order
 methods damp by the same α, and those that use conjugate gradients (CG) stop at the
 same tolerance and number of products.
+
+They do not compute the same thing. hbp averages over the batch first, by default the
+Jacobians themselves, and takes the positive-curvature Hessian ("abs") of tutorial 02.
+The others compute the GGN: exactly, of all parameters together (autograd) or in a block
+for each (GGNMP), or in Kronecker factors (KFRA, KFLR, KFAC). KFRA's factors are those
+of hbp with both kinds of averaged products and "zero".
 """
 
 from __future__ import annotations
@@ -152,6 +158,12 @@ def averaged_products_of_inputs(model: nn.Module, lr: float) -> Step:
     return Newton(model, lr, average_parameter_jacobian=False)
 
 
+def averaged_products(model: nn.Module, lr: float) -> Step:
+    return Newton(
+        model, lr, average_input_jacobian=False, average_parameter_jacobian=False
+    )
+
+
 OWN: dict[str, tuple[Make, float]] = {
     "SGD, momentum": (sgd, 0.1),
     "Adam": (adam, 1e-3),
@@ -159,6 +171,7 @@ OWN: dict[str, tuple[Make, float]] = {
     "hbp, direct": (direct, 0.15),
     "hbp, cg, E[φ'φ'ᵀ]": (averaged_products_of_slopes, 0.15),
     "hbp, cg, E[xxᵀ]": (averaged_products_of_inputs, 0.15),
+    "hbp, cg, E[φ'φ'ᵀ], E[xxᵀ]": (averaged_products, 0.15),
     "autograd, GGN by CG": (hessian_free, 0.1),
 }
 

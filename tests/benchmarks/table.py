@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import STILL, alternate, summary
+from benchmarks.measure import STILL, Timing, alternate, summary
 from benchmarks.steps import LOSS, Methods, contenders
+
+
+@dataclass(frozen=True)
+class Table:
+    """One point: the loss there, and the timing of each method."""
+
+    loss: float
+    methods: dict[str, Timing]
 
 
 def measure(
@@ -16,10 +26,9 @@ def measure(
     labels: Tensor,
     rounds: int,
     budget: float,
-) -> dict[str, object]:
-    """The loss at this point, and for each method what ``summary`` says."""
+) -> Table:
     steps = contenders(model, methods, lr=STILL)
     seconds = alternate(steps, images, labels, rounds, budget)
     with torch.no_grad():
         loss = float(LOSS(model(images), labels))
-    return {"loss": loss, "methods": summary(seconds)}
+    return Table(loss, summary(seconds))
