@@ -151,6 +151,28 @@ def test_factored_solve_is_the_dense_solve(damping: str) -> None:
     near(bias_step, torch.linalg.solve(damped_outer, bias))
 
 
+def check_kronecker_step(
+    step: dict[str, Tensor],
+    outers: dict[int, Tensor],
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+) -> None:
+    """The step is that of the given factors B and of A = E[xxᵀ], for each layer."""
+    g = gradients(model, images, labels)
+    x = images
+    for layer, outer in outers.items():
+        expected = peers.solve_layer(
+            outer.clone(),
+            x.T @ x / len(x),
+            g[f"{layer}.weight"],
+            g[f"{layer}.bias"],
+        )
+        near(step[f"{layer}.weight"], -expected[0])
+        near(step[f"{layer}.bias"], -expected[1])
+        x = torch.sigmoid(model[layer](x)).detach()
+
+
 def factors_by_hbp(images: Tensor, labels: Tensor, model: nn.Module) -> hbp.HBPModule:
     """KFRA in the words of hbp: the GGN, with averaged products throughout."""
     twin = hbp.convert(copy.deepcopy(model))
@@ -176,19 +198,15 @@ def test_kfra_has_the_blocks_of_hbp_and_solves_with_them() -> None:
     with backpack(extensions.KFRA()):
         loss.backward()
     step = moved(model, lambda m: peers.kfra(m, 1.0), (images, labels))
-    g = gradients(model, images, labels)
+    outers = {
+        layer: twin.get_parameter(f"{layer}.bias").hessian.to_dense()
+        for layer in (1, 3)
+    }
     for name, p in extended.named_parameters():
         block = twin.get_parameter(name).hessian.to_dense()
         dense = p.kfra[0] if len(p.kfra) == 1 else kron(*p.kfra)
         near(dense, block)
-    for layer in (1, 3):
-        outer = twin.get_parameter(f"{layer}.bias").hessian.to_dense().clone()
-        inner = twin.get_parameter(f"{layer}.weight").hessian.rows
-        expected = peers.solve_layer(
-            outer, inner.T @ inner, g[f"{layer}.weight"], g[f"{layer}.bias"]
-        )
-        near(step[f"{layer}.weight"], -expected[0])
-        near(step[f"{layer}.bias"], -expected[1])
+    check_kronecker_step(step, outers, model, images, labels)
 
 
 def test_kflr_solves_with_exact_bias_blocks() -> None:
@@ -197,18 +215,8 @@ def test_kflr_solves_with_exact_bias_blocks() -> None:
     model, images, labels = problem()
     step = moved(model, lambda m: peers.kflr(m, 1.0), (images, labels))
     blocks = ggn_blocks(model, LOSS, images, labels)
-    g = gradients(model, images, labels)
-    x = images
-    for layer in (1, 3):
-        expected = peers.solve_layer(
-            blocks[f"{layer}.bias"].clone(),
-            x.T @ x / len(x),
-            g[f"{layer}.weight"],
-            g[f"{layer}.bias"],
-        )
-        near(step[f"{layer}.weight"], -expected[0])
-        near(step[f"{layer}.bias"], -expected[1])
-        x = torch.sigmoid(model[layer](x)).detach()
+    outers = {layer: blocks[f"{layer}.bias"] for layer in (1, 3)}
+    check_kronecker_step(step, outers, model, images, labels)
 
 
 def kron(outer: Tensor, inner: Tensor) -> Tensor:

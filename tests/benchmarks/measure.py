@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ["torch", "hbp", "backpack-for-pytorch", "curvlinops-for-pytorch"]
 
 
-def synchronize(device: str) -> None:
-    """Wait until the device has done what it was asked to do."""
+def now(device: str) -> float:
+    """The time in seconds, once the device has done what it was asked to do."""
     if device == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Stopwatch:
@@ -40,13 +41,11 @@ class Stopwatch:
         self.seconds = 0.0
 
     def __enter__(self) -> Stopwatch:
-        synchronize(self.device)
-        self.start = time.perf_counter()
+        self.start = now(self.device)
         return self
 
     def __exit__(self, *error: object) -> None:
-        synchronize(self.device)
-        self.seconds = time.perf_counter() - self.start
+        self.seconds = now(self.device) - self.start
 
 
 def alternate(
