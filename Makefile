@@ -65,8 +65,14 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## time a training step next to SGD's
-	$(BIN)/python tests/benchmarks/step.py
+.venv/bench-ready: $(READY)
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt \
+	  --editable ".[bench]"
+	touch $@
+
+bench: .venv/bench-ready  ## time a training step next to those of others
+	PYTHONPATH=tests $(BIN)/python -m benchmarks
+	$(BIN)/python tools/draw_benchmarks.py
 
 wheel: $(READY)  ## build the source distribution and the wheel into dist
 	$(BIN)/python -m build --installer uv
