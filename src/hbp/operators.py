@@ -625,10 +625,11 @@ class _KroneckerReduction(Reduction):
         Such a small number has no say in any inner product. It must not be 0, for
         y⊥/‖B⊥‖ tells by how much B⊥ itself, however small, is to be scaled.
         """
-        norm = torch.linalg.vector_norm(self._b)
+        # Row by row: one float32 sum over 10⁶ entries and more is off by 10³ eps.
+        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._b, dim=1))
         inside = torch.linalg.vector_norm(self._coordinates) / norm
         outside = 1 - inside.square()
-        # Measured for gradients that lie in the span: at most 6 eps.
+        # Measured for gradients that lie in the span, up to [1024, 3072]: ±18 eps.
         is_noise = outside < 100 * torch.finfo(norm.dtype).eps
         outside = outside.masked_fill(is_noise, 1e-30)
         return torch.where(norm > 0, norm * outside.sqrt(), norm)
