@@ -1,0 +1,397 @@
+"""Conjugate gradients in lockstep: row by row what ``hbp.cg`` does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import indefinite, randn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hbp
+from hbp.operators import DenseOperator
+from hbp.optim.lockstep import Damped, LockstepResult, cg_lockstep
+
+NAN, INF = float("nan"), float("inf")
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+class Counting(DenseOperator):
+    """A matrix that counts its products."""
+
+    products = 0
+
+    def _product(self, columns: Tensor) -> Tensor:
+        self.products += 1
+        return super()._product(columns)
+
+
+def definite(n: int, condition: float, dtype: torch.dtype) -> Tensor:
+    """Eigenvalues from 1 down to 1 / condition."""
+    basis = torch.linalg.qr(randn(n, n)).Q
+    values = torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)
+    matrix = basis * values @ basis.T
+    return ((matrix + matrix.T) / 2).to(dtype)
+
+
+def system(
+    matrix: Tensor, b: Tensor | None = None, alpha: float = 0.0, **options: Any
+) -> Damped:
+    b = randn(len(matrix), dtype=matrix.dtype) if b is None else b
+    options = {"tol": 1e-4, "atol": 0.0, "maxiter": None, **options}
+    return Damped(Counting(matrix), alpha, b, **options)
+
+
+def full_matrix(system: Damped) -> Tensor:
+    """(1-α)A + αI, with the zeros of A beyond its size."""
+    k, n = system.operator.shape[0], len(system.b)
+    A = system.b.new_zeros(n, n)
+    A[:k, :k] = system.operator.to_dense()
+    return (1 - system.alpha) * A + system.alpha * torch.eye(n, dtype=A.dtype)
+
+
+def alone(system: Damped, maxiter: int | None = None) -> hbp.CGResult:
+    """``hbp.cg`` on the whole matrix."""
+    maxiter = system.maxiter if maxiter is None else maxiter
+    return hbp.cg(full_matrix(system), system.b, None, system.tol, system.atol, maxiter)
+
+
+def row(result: LockstepResult, i: int) -> LockstepResult:
+    return LockstepResult(*(field[i] for field in result))
+
+
+def same(left: LockstepResult, right: LockstepResult) -> bool:
+    """Bit for bit, NaN like NaN."""
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a.nan_to_num(7.7), b.nan_to_num(7.7)) for a, b in pairs)
+
+
+def budget(system: Damped) -> int:
+    return system.maxiter or 10 * len(system.b)
+
+
+# --------------------------------------------------------------------------------------
+# Row by row like hbp.cg.
+# --------------------------------------------------------------------------------------
+
+# Largest deviations measured over 400 draws, relative: x 3e-3 in float32 and 1e-11 in
+# float64; residual norms, relative to that of b, 2e-2 and 2e-10. Indefinite matrices
+# without damping are the worst: a curvature near 0 amplifies round-off.
+X_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-9}
+R_TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-8}
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtype: torch.dtype) -> list[Damped]:
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    systems = []
+    for _ in range(draw(st.integers(1, 5))):
+        n, bent = draw(st.integers(1, 12)), draw(st.integers(0, 3)) == 0
+        alpha = draw(st.sampled_from([0.0, 0.02, 0.3, 1.0]))
+        # Without damping there is no solution: round-off alone says how CG ends.
+        beyond = draw(st.integers(0, 2)) if alpha > 0 else 0
+        condition = draw(st.sampled_from([1.0, 10.0, 100.0]))
+        matrix = indefinite(n).to(dtype) if bent else definite(n, condition, dtype)
+        b = randn(n + beyond, dtype=dtype) * 10.0 ** draw(st.integers(-6, 6))
+        options = {
+            "tol": draw(st.sampled_from([0.5, 0.1, 1e-2, 1e-3])),
+            "atol": draw(st.sampled_from([0.0, 0.0, 1e-3, 1.0])),
+            "maxiter": draw(st.sampled_from([None, None, 1, 2, 3, 4, 7])),
+        }
+        systems.append(system(matrix, b, alpha, **options))
+    return systems
+
+
+def assert_like_cg(s: Damped, found: LockstepResult) -> None:
+    """Every field; at the stopping threshold round-off decides, so it has a margin."""
+    dtype, n = s.b.dtype, len(s.b)
+    iterations, scale = int(found.iterations), float(s.b.norm())
+    slack = R_TOLERANCE[dtype] * scale
+    target = max(s.tol * scale, s.atol)
+
+    # The iterate: hbp.cg with as many products and a tolerance that it never meets.
+    tight = s._replace(tol=1e-30, atol=0.0)
+    if iterations == 0:
+        assert not found.x.any()
+        expected_residual = scale
+    else:
+        expected = alone(tight, iterations)
+        assert expected.iterations <= iterations
+        gap = (found.x[:n] - expected.x).norm()
+        assert gap <= X_TOLERANCE[dtype] * expected.x.norm()
+        expected_residual = expected.residual_norm
+    assert abs(float(found.residual_norm) - expected_residual) <= slack
+    assert not found.x[n:].any()
+
+    # When it stopped, and why.
+    if found.converged:
+        assert found.residual_norm <= target + slack
+        assert not found.negative_curvature
+        if iterations > 0:
+            before = alone(tight, iterations - 1) if iterations > 1 else None
+            assert (before.residual_norm if before else scale) > target - slack
+    elif found.negative_curvature:
+        assert iterations < budget(s)
+        assert alone(tight, iterations + 1).negative_curvature
+    else:
+        assert iterations == budget(s)
+        assert found.residual_norm > target - slack
+
+    # What depends on x alone.
+    assert float(found.norm) == pytest.approx(float(found.x.norm()), rel=1e-5)
+    descent, size = float(found.x[:n] @ s.b), float(found.x.norm() * s.b.norm())
+    assert float(found.descent) == pytest.approx(descent, rel=1e-5, abs=1e-5 * size)
+
+
+@BOTH
+@given(data=st.data())
+def test_every_row_is_what_cg_does(data: st.DataObject, dtype: torch.dtype) -> None:
+    systems = data.draw(problems(dtype))
+    result = cg_lockstep(systems)
+    assert result.x.shape == (len(systems), max(len(s.b) for s in systems))
+    for i, s in enumerate(systems):
+        assert_like_cg(s, row(result, i))
+
+
+@pytest.mark.parametrize("tol", [0.5, 1e-2, 1e-5, 1e-8])
+@pytest.mark.parametrize("maxiter", [None, 1, 2, 5])
+def test_the_same_counts_as_cg(tol: float, maxiter: int | None) -> None:
+    """No threshold is near here, so that nothing needs a margin."""
+    systems = [
+        system(definite(n, 30.0, torch.float64), alpha=a, tol=tol, maxiter=maxiter)
+        for n, a in [(3, 0.0), (8, 0.1), (20, 0.02), (1, 0.5), (12, 1.0)]
+    ]
+    result = cg_lockstep(systems)
+    for i, s in enumerate(systems):
+        expected, found = alone(s), row(result, i)
+        assert int(found.iterations) == expected.iterations
+        assert bool(found.converged) == expected.converged
+        assert not found.negative_curvature
+        # After some 25 steps round-off is a few percent of the residual.
+        gap = float(found.residual_norm) - expected.residual_norm
+        assert abs(gap) <= 0.1 * tol * float(s.b.norm())
+
+
+@BOTH
+@given(data=st.data())
+def test_looking_more_or_less_often_changes_nothing(
+    data: st.DataObject, dtype: torch.dtype
+) -> None:
+    systems = data.draw(problems(dtype))
+    first, *others = (cg_lockstep(systems, every) for every in range(1, 8))
+    assert all(same(first, other) for other in others)
+
+
+@given(st.integers(0, 2**20))
+def test_company_changes_nothing_but_round_off(seed: int) -> None:
+    """Padding lengthens a row, and with it the order of its sums; no more."""
+    torch.manual_seed(seed)
+    systems = [
+        system(definite(n, 20.0, torch.float64), alpha=0.1, tol=1e-6)
+        for n in (2, 40, 9)
+    ]
+    together = cg_lockstep(systems)
+    for i, s in enumerate(systems):
+        by_itself = cg_lockstep([s])
+        n = len(s.b)
+        close = torch.testing.assert_close
+        close(together.x[i, :n], by_itself.x[0], rtol=1e-10, atol=1e-10)
+        assert together.iterations[i] == by_itself.iterations[0]
+
+
+# --------------------------------------------------------------------------------------
+# Edges.
+# --------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_zero_right_hand_side(dtype: torch.dtype) -> None:
+    zero = system(definite(4, 5.0, dtype), torch.zeros(4, dtype=dtype))
+    other = system(definite(6, 5.0, dtype))
+    result = cg_lockstep([zero, other])
+    found = row(result, 0)
+    assert not found.x.any()
+    assert [float(field) for field in found[1:]] == [0, 0, True, False, 0, 0]
+    assert_like_cg(other, row(result, 1))
+    # With nothing else to do, there is no product at all.
+    cg_lockstep(
+        [zero._replace(operator=(counting := Counting(torch.eye(4).to(dtype))))]
+    )
+    assert counting.products == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 1e-30),
+        (torch.float32, 1e18),
+        (torch.float64, 1e-30),
+        (torch.float64, 1e30),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e200),
+    ],
+)
+def test_scale_of_the_right_hand_side(dtype: torch.dtype, scale: float) -> None:
+    """A power of 2 changes not a single bit, and the neighbour does not matter.
+
+    (The place in the matrix of rows does: a product may add in another order.)
+    """
+    scale = 2.0 ** round(math.log2(scale))
+    matrix, b = definite(9, 30.0, dtype), randn(9, dtype=dtype)
+    plain = system(matrix, b, 0.02)
+    one = row(cg_lockstep([plain, plain]), 1)
+    scaled = row(cg_lockstep([plain, plain._replace(b=b * scale)]), 1)
+    assert one.converged
+    assert one.iterations == scaled.iterations > 0
+    assert torch.equal(one.x * scale, scaled.x)
+    assert one.residual_norm * scale == scaled.residual_norm
+    assert one.norm * scale == scaled.norm
+    assert (bool(scaled.converged), bool(scaled.negative_curvature)) == (True, False)
+    # atol has the unit of b.
+    target = float(one.residual_norm) * 1.5
+    loose = system(matrix, b * scale, 0.02, tol=1e-30, atol=target * scale)
+    assert cg_lockstep([loose]).iterations[0] == one.iterations
+    huge = loose._replace(atol=1e30 * scale if scale < 1e100 else scale * 1e9)
+    assert cg_lockstep([huge]).iterations[0] == 0
+
+
+def not_finite(where: str, bad: float, dtype: torch.dtype) -> Damped:
+    matrix, b = definite(5, 5.0, dtype), randn(5, dtype=dtype)
+    {"rhs": b, "curvature": matrix}[where].view(-1)[0] = bad
+    return system(matrix, b, 0.1)
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["rhs", "curvature"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_system_that_is_not_finite(
+    dtype: torch.dtype, bad: float, where: str, place: int
+) -> None:
+    systems = [system(definite(5, 20.0, dtype), alpha=0.1) for _ in range(3)]
+    healthy = cg_lockstep(systems)
+    systems[place] = not_finite(where, bad, dtype)
+    result = cg_lockstep(systems)
+    assert not result.residual_norm[place].isfinite()
+    if not (where == "rhs" and math.isinf(bad)):
+        assert not result.converged[place]
+    for i in {0, 1, 2} - {place}:
+        assert same(row(result, i), row(healthy, i))
+
+
+def test_infinity_that_is_met_late_is_reported() -> None:
+    """The first direction does not see the entry; the overflow comes with a later."""
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    matrix[0, 1] = matrix[1, 0] = 1.0
+    b = torch.tensor([1e-300, 1.0, 1.0], dtype=torch.float64)
+    matrix[2, 2] = 1e308
+    result = cg_lockstep([system(matrix * 1.5, b, tol=1e-12)])
+    assert not result.residual_norm[0].isfinite()
+
+
+@pytest.mark.parametrize("check_every", [1, 2, 3, 5, 7])
+def test_products_stay_within_the_budget(check_every: int) -> None:
+    """A row that is done costs products up to the next look, and no more."""
+    budgets = [1, 4, 6, 11, 2]
+    systems = [
+        system(definite(30, 1e4, torch.float64), tol=1e-12, maxiter=m) for m in budgets
+    ]
+    result = cg_lockstep(systems, check_every)
+    assert result.iterations.tolist() == budgets
+    assert not result.converged.any()
+    assert not result.negative_curvature.any()
+    for s, m in zip(systems, budgets, strict=True):
+        until_a_look = math.ceil(m / check_every) * check_every
+        assert s.operator.products == min(until_a_look, max(budgets))
+    # The longest never gets a product beyond its budget, whenever the host looks.
+    assert systems[3].operator.products == 11
+
+
+def test_products_end_when_all_have_converged() -> None:
+    """Eigenvalues 1 and 2: done after two steps, seen at the third."""
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 2.0, 1.0]).double())
+    for check_every, products in [(1, 2), (2, 2), (3, 3), (5, 5)]:
+        s = system(matrix, torch.tensor([1.0, 1.0, 1.0, 1.0]).double(), tol=1e-10)
+        result = cg_lockstep([s], check_every)
+        assert (int(result.iterations[0]), bool(result.converged[0])) == (2, True)
+        assert s.operator.products == products
+
+
+def test_default_budget_is_ten_n_of_the_whole_system() -> None:
+    """n counts the coordinates in the null space too. The tolerance is out of reach."""
+    torch.manual_seed(3)
+    basis = torch.linalg.qr(randn(6, 6)).Q
+    matrix = basis * torch.logspace(0, -14, 6, dtype=torch.float64) @ basis.T
+    s = system((matrix + matrix.T) / 2 + 1e-13 * torch.eye(6), randn(7), tol=1e-300)
+    # α > 0 keeps the null coordinate from ending the iteration.
+    result = cg_lockstep([s._replace(alpha=1e-14)])
+    assert int(result.iterations[0]) == s.operator.products <= 70
+    assert int(result.iterations[0]) > 60
+
+
+@BOTH
+@pytest.mark.parametrize("alpha", [0.02, 0.5, 1.0])
+def test_a_coordinate_in_the_null_space(dtype: torch.dtype, alpha: float) -> None:
+    """b longer than the operator: there the matrix is α."""
+    short = system(definite(4, 10.0, dtype), randn(5, dtype=dtype), alpha, tol=1e-5)
+    wide = system(definite(9, 10.0, dtype), None, alpha)
+    result = cg_lockstep([short, wide])
+    expected = torch.linalg.solve(full_matrix(short).double(), short.b.double())
+    found = result.x[0]
+    # tol · ‖b‖ over the smallest eigenvalue, α or 0.1.
+    atol = 2e-5 * float(short.b.norm()) / min(alpha, 0.1)
+    assert torch.allclose(found[:5].double(), expected, rtol=0, atol=atol)
+    assert not found[5:].any()
+
+
+def test_a_null_space_without_damping_is_negative_curvature() -> None:
+    """b has a part there, so that there is no solution; the rest is not spoiled."""
+    s = system(torch.eye(3).double(), torch.tensor([0.0, 0, 0, 1]).double())
+    other = system(definite(3, 5.0, torch.float64))
+    result = cg_lockstep([s, other])
+    assert bool(result.negative_curvature[0])
+    assert not result.x[0].any()
+    assert_like_cg(other, row(result, 1))
+
+
+@BOTH
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_no_positive_curvature_is_no_step(dtype: torch.dtype, value: float) -> None:
+    s = system(value * torch.eye(3, dtype=dtype))
+    other = system(definite(5, 5.0, dtype))
+    result = cg_lockstep([s, other])
+    found = row(result, 0)
+    assert not found.x.any()
+    assert int(found.iterations) == 0
+    assert bool(found.negative_curvature)
+    assert not found.converged
+    # A square root and a product with the unit.
+    assert float(found.residual_norm) == pytest.approx(float(s.b.norm()), rel=1e-6)
+    assert (float(found.norm), float(found.descent)) == (0, 0)
+    assert_like_cg(other, row(result, 1))
+
+
+def test_late_negative_curvature_keeps_the_progress() -> None:
+    matrix = torch.diag(torch.tensor([2.0, 1, -0.1], dtype=torch.float64))
+    b = torch.tensor([1.0, 1, 0.1], dtype=torch.float64)
+    s = system(matrix, b, tol=1e-8)
+    expected = alone(s)
+    for check_every in range(1, 8):
+        found = row(cg_lockstep([s], check_every), 0)
+        assert bool(found.negative_curvature)
+        assert int(found.iterations) == expected.iterations >= 1
+        assert torch.allclose(found.x, expected.x, rtol=1e-12)
+        assert float(found.residual_norm) == pytest.approx(expected.residual_norm)
+
+
+def test_arguments_are_left_alone() -> None:
+    s = system(definite(4, 5.0, torch.float64))
+    b, matrix = s.b.clone(), s.operator.to_dense().clone()
+    cg_lockstep([s, s])
+    assert torch.equal(s.b, b)
+    assert torch.equal(s.operator.to_dense(), matrix)
+    assert not cg_lockstep([s._replace(b=b.requires_grad_())]).x.requires_grad
