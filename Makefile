@@ -15,7 +15,7 @@ FULL     := env -u HBP_TUTORIAL $(NBVAL) --nbval-cell-timeout=7200
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tutorials test tutorials-official execute sync docs serve lint \
-        bench wheel colab browser constraints clean
+        bench bench-accuracy wheel colab browser constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -73,6 +73,10 @@ lint: $(READY)  ## ruff and mypy
 bench: .venv/bench-ready  ## time a training step next to those of others
 	PYTHONPATH=tests $(BIN)/python -m benchmarks
 	$(BIN)/python tools/draw_benchmarks.py
+
+bench-accuracy: $(READY)  ## train to an accuracy on CIFAR-10, with SGD and Adam; hours
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python tools/draw_accuracy.py
 
 wheel: $(READY)  ## build the source distribution and the wheel into dist
 	$(BIN)/python -m build --installer uv

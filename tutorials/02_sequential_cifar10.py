@@ -49,7 +49,12 @@ from time import perf_counter
 
 import torch
 from torch.nn import CrossEntropyLoss
-from torch.utils.data import DataLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    TensorDataset,
+)
 
 from hbp import (
     CGNewton,
@@ -320,30 +325,41 @@ def accuracy(outputs, labels):
     return (outputs.argmax(dim=1) == labels).float().mean().item()
 
 
+def batches_of(data, size, shuffle):
+    """A loader that takes a whole batch out of the data at once."""
+    # The same batches for everyone who trains.
+    generator = torch.Generator().manual_seed(0)
+    order = RandomSampler(data, generator=generator)
+    sampler = order if shuffle else range(len(data))
+    batches = BatchSampler(sampler, size, drop_last=False)
+    return DataLoader(data, sampler=batches, batch_size=None)
+
+
 @torch.no_grad()
-def test_accuracy(model):
-    loader = DataLoader(test_set, batch_size=500)
+def accuracy_on(model, data):
     hits = sum(
         accuracy(model(images.to(device)), labels.to(device))
         * len(labels)
-        for images, labels in loader
+        for images, labels in batches_of(data, 500, shuffle=False)
     )
-    return hits / len(test_set)
+    return hits / len(data)
 
 
-def train(model, step, print_every):
+def train(
+    model,
+    step,
+    print_every,
+    num_epochs=num_epochs,
+    batch_size=batch_size,
+    data=(train_set, test_set),
+    after_epoch=lambda: None,
+):
     """Train; return the metrics of batches and of tests."""
     names = ["epochs", "seconds", "loss", "accuracy"]
     batches = {name: [] for name in names}
     tests = {"epochs": [], "seconds": [], "accuracy": []}
     seconds = 0.0
-    loader = DataLoader(
-        train_set,
-        batch_size=batch_size,
-        shuffle=True,
-        # The same batches for everyone who trains.
-        generator=torch.Generator().manual_seed(0),
-    )
+    loader = batches_of(data[0], batch_size, shuffle=True)
     try:
         for epoch in range(num_epochs):
             start = perf_counter()
@@ -370,7 +386,8 @@ def train(model, step, print_every):
             seconds += perf_counter() - start
             tests["epochs"].append(epoch + 1)
             tests["seconds"].append(seconds)
-            tests["accuracy"].append(test_accuracy(model))
+            tests["accuracy"].append(accuracy_on(model, data[1]))
+            after_epoch()
     except KeyboardInterrupt:
         print("Interrupted. The metrics so far are kept.")
     return batches, tests
@@ -629,6 +646,115 @@ print("Adam left the plateau first, and ended lower.")
 # %% [markdown]
 # Change the seed at the top, and the curves shift a little. The
 # sentences above should stay true.
+#
+# ## Going faster
+#
+# All settings so far are those of the original experiment. The same
+# network with the same method can learn a good deal sooner. Five
+# changes do it:
+#
+# 1. **Images with mean 0 and deviation 1** in every colour. So far
+#    they were all positive, and pulled every neuron the same way.
+# 2. **Xavier's initial weights**, and biases of zero. The usual ones
+#    of PyTorch are smaller, and less of the signal gets through.
+# 3. **Batches of 100**, not 500. The curvature of a step costs the
+#    same, whatever the batch. The steps are five times as many.
+# 4. **More damping**, $\alpha = 0.05$. A small batch knows the
+#    curvature less well.
+# 5. **A falling learning rate**, multiplied by 0.7 after each epoch.
+#    Without that, the noise of the batches soon takes over.
+
+# %%
+center = all_images.mean((0, 2, 3), keepdim=True)
+spread = all_images.std((0, 2, 3), keepdim=True)
+
+
+def normalised(data):
+    images, labels = data.tensors
+    return TensorDataset((images - center) / spread, labels)
+
+
+fast_model = copy.deepcopy(untrained)
+for layer in fast_model:
+    if isinstance(layer, HBPLinear):
+        torch.nn.init.xavier_uniform_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+
+fast_optimizer = CGNewton(
+    fast_model.parameters(),
+    lr=0.15,
+    alpha=0.05,
+    cg_atol=0.0,
+    cg_tol=0.1,
+    cg_maxiter=50,
+)
+schedule = torch.optim.lr_scheduler.ExponentialLR(
+    fast_optimizer, gamma=0.7
+)
+
+# %% [markdown]
+# The step is the one from above, with the new model and optimizer.
+
+
+# %%
+def fast_step(images, labels):
+    outputs = fast_model(images)
+    loss = loss_func(outputs, labels)
+    fast_optimizer.zero_grad()
+    output_hessian = batch_summed_hessian(loss, outputs)
+    loss.backward()
+    fast_model.backward_hessian(
+        output_hessian, modify_2nd_order_terms="abs"
+    )
+    fast_optimizer.step()
+    return outputs, loss
+
+
+# %% tags=["nbval-ignore-output"]
+fast_batches, fast_tests = train(
+    fast_model,
+    fast_step,
+    print_every=100,
+    num_epochs=5,
+    batch_size=25 if quick() else 100,
+    data=(normalised(train_set), normalised(test_set)),
+    after_epoch=schedule.step,
+)
+
+# %% alt="Two panels against epochs: batch accuracy and test accuracy, for HBP with the original settings and with the new ones. The new curve rises at once, and within its five epochs gets as high as the old one gets at its end." tags=["nbval-ignore-output"]
+pair = {
+    "original": (hbp_batches, hbp_tests),
+    "faster": (fast_batches, fast_tests),
+}
+curves(
+    [
+        Panel(
+            "epochs",
+            f"{label} accuracy",
+            {
+                name: (logs[i]["epochs"], logs[i]["accuracy"])
+                for name, logs in pair.items()
+            },
+        )
+        for i, label in enumerate(["batch", "test"])
+    ]
+)
+
+# %%
+fast_batch = last_epochs(fast_batches, "accuracy", count=1)
+old_batch = last_epochs(hbp_batches, "accuracy", count=1)
+
+assert fast_batch > (old_batch if quick() else 0.517)
+print("Five epochs now do what all of them did before.")
+
+assert fast_tests["accuracy"][-1] > hbp_tests["accuracy"][-1]
+print("On test images, too.")
+
+# %% [markdown]
+# (The original's log ends at a batch accuracy of 0.517.) An epoch has
+# five times as many steps now, so compare the seconds, too. Which of these changes would have helped SGD and Adam?
+# Most of them. [When curvature pays](06_when_curvature_pays.ipynb)
+# runs all three on equal terms.
 #
 # ## Try it yourself
 #

@@ -65,10 +65,22 @@ def newton(
             for layer, count in enumerate(products)
         )
     else:
-        # WᵀHW is formed for every layer but the first, and a Cholesky factor for
-        # every weight and every bias.
-        formed = sum(2 * i * o * (i + o) for i, o in layers[1:])
-        solve = formed + sum(2 * o**3 // 3 for o in sizes[1:])
+        # WᵀHW is formed wherever a layer below, or its own solve, needs the matrix.
+        narrow = [2 * above <= o for o, above in pairwise(sizes[1:])]
+        formed = sum(
+            2 * i * o * (i + o)
+            for layer, (i, o) in enumerate(layers[1:])
+            if layer > 0 or not narrow[layer]
+        )
+        # Weight and bias each: Woodbury's identity through the layer above if that is
+        # at most half as wide, else LU of the whole.
+        solve = formed
+        for o, above, is_narrow in zip(
+            sizes[1:], [*sizes[2:], 0], [*narrow, False], strict=True
+        ):
+            lu = 2 * (above if is_narrow else o) ** 3 // 3
+            woodbury = 2 * above**2 * (o + above) if is_narrow else 0
+            solve += 2 * (lu + woodbury)
     first = first_order(sizes, batch)
     return {
         "forward": first["forward"],

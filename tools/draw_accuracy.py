@@ -1,0 +1,154 @@
+"""Draw and tabulate time to accuracy, from ``docs/assets/accuracy/results.json``.
+
+Run it as ``python tools/draw_accuracy.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from draw_benchmarks import finished, short, table
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from hbp.plotting import SETTINGS, STYLES, Drawing
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "assets" / "accuracy"
+Json = dict[str, Any]
+METHODS = {"hbp": "HBP", "adam": "Adam", "sgd": "SGD"}
+NETWORKS = {"shallow": (0.45, 0.50), "deep": (0.35, 0.40, 0.45)}
+
+
+def setting(run: Json) -> tuple[Any, ...]:
+    """Everything but the seed."""
+    return run["network"], run["method"], run["lr"], run["decay"], run["alpha"]
+
+
+def finals(report: Json) -> dict[tuple[str, str], list[Json]]:
+    """The runs that have all seeds, by network and method."""
+    by_setting: dict[tuple[Any, ...], list[Json]] = {}
+    for run in report["runs"]:
+        by_setting.setdefault(setting(run), []).append(run)
+    most = max(map(len, by_setting.values()))
+    return {
+        (network, method): runs
+        for (network, method, *_), runs in by_setting.items()
+        if len(runs) == most
+    }
+
+
+def reached(run: Json, accuracy: float, unit: str) -> float | None:
+    """When the test accuracy first was at least ``accuracy``."""
+    for epoch, entry in enumerate(run["log"], start=1):
+        if entry["test"] >= accuracy:
+            return epoch if unit == "epochs" else entry["seconds"]
+    return None
+
+
+def times(report: Json) -> str:
+    """Median epochs and seconds to some accuracies; how many seeds got there."""
+    rows = []
+    for network, levels in NETWORKS.items():
+        for method, name in METHODS.items():
+            runs = finals(report)[network, method]
+            row = [f"{network}, {name}"]
+            for level in levels:
+                for unit in ("epochs", "seconds"):
+                    hits = [reached(run, level, unit) for run in runs]
+                    row.append(in_brackets(hits))
+            best = [max(entry["test"] for entry in run["log"]) for run in runs]
+            rows.append((row, f"{median(best):.3f}"))
+    pages = []
+    for network, levels in NETWORKS.items():
+        head = [network]
+        head += [f"{u} to {100 * a:.0f} %" for a in levels for u in ("epochs", "s")]
+        body = [
+            [row[0].partition(", ")[2], *row[1:], best]
+            for row, best in rows
+            if row[0].startswith(network)
+        ]
+        pages.append(table([*head, "best test accuracy"], body))
+    return "\n".join(pages)
+
+
+def in_brackets(hits: Iterable[float | None]) -> str:
+    """The median of those that got there, and how many they are."""
+    found = [hit for hit in hits if hit is not None]
+    count = f"({len(found)})"
+    return f"{median(found):.0f} {count}" if found else f"never {count}"
+
+
+def grid(report: Json) -> str:
+    """Every run on the first seed."""
+    rows = []
+    for run in report["runs"]:
+        if run["seed"] == 0:
+            log = run["log"]
+            alpha = "" if run["alpha"] is None else str(run["alpha"])
+            rows.append(
+                [
+                    f"{run['network']}, {METHODS[run['method']]}",
+                    str(run["lr"]),
+                    alpha,
+                    str(run["decay"]),
+                    str(run["batch"]),
+                    str(run["epochs"]),
+                    f"{log[-1]['train']:.3f}",
+                    f"{max(entry['test'] for entry in log):.3f}",
+                    short(log[-1]["seconds"] / len(log)),
+                ]
+            )
+    head = ["run", "learning rate", "α", "× each epoch", "batch", "epochs"]
+    head += ["last training accuracy", "best test accuracy", "s per epoch"]
+    return table(head, rows)
+
+
+def draw(report: Json) -> Drawing:
+    """Test accuracy against epochs and seconds, mean and range of the seeds."""
+    figure = Figure(figsize=(9.6, 6.8), layout="constrained")
+    runs = finals(report)
+    units: dict[str, Callable[[Json, int], float]] = {
+        "epochs": lambda run, epoch: epoch + 1,
+        "processor seconds, one thread": lambda run, epoch: run["log"][epoch][
+            "seconds"
+        ],
+    }
+    for row, network in enumerate(NETWORKS):
+        for column, (unit, position) in enumerate(units.items()):
+            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
+            for (method, name), (colour, dashes, marker, _) in zip(
+                METHODS.items(), STYLES, strict=False
+            ):
+                group = runs[network, method]
+                epochs = range(len(group[0]["log"]))
+                x = [fmean(position(run, e) for run in group) for e in epochs]
+                y = [[run["log"][e]["test"] for run in group] for e in epochs]
+                low, mean, high = (list(map(f, y)) for f in (min, fmean, max))
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+                axes.plot(
+                    x, mean, color=colour, ls=dashes, marker=marker, ms=4, label=name
+                )
+            axes.set_xlabel(unit)
+            axes.set_ylabel("test accuracy")
+            axes.set_title(network, fontsize=10)
+            axes.grid(True)
+            axes.legend(loc="lower right", frameon=False, fontsize=9)
+    return finished(figure)
+
+
+def main(folder: Path = FOLDER) -> None:
+    """Write two tables and a figure."""
+    report = json.loads((folder / "results.json").read_text("utf-8"))
+    (folder / "times.md").write_text(times(report), "utf-8")
+    (folder / "grid.md").write_text(grid(report), "utf-8")
+    settings: Any = SETTINGS
+    with rc_context(settings):
+        draw(report).save(folder / "curves.svg")
+
+
+if __name__ == "__main__":
+    main()
