@@ -144,6 +144,20 @@ def test_only_half_as_wide_is_narrow(
     assert factored == [size, size]
 
 
+@pytest.mark.parametrize(("bent", "size"), [(False, 6), (True, 40)])
+def test_two_activations_in_a_row(factored: list[int], bent: bool, size: int) -> None:
+    """The upper one's second-order term is no part of a narrow matrix."""
+    inner, dense = chain("abs" if bent else "zero", torch.float64)
+    d, r = randn(40), randn(40).abs()
+    operator = Congruence(inner, DiagonalMap(d), r, nonnegative=True)
+    damped = 0.9 * (torch.outer(d, d) * dense + torch.diag(r))
+    damped += 0.1 * torch.eye(40).double()
+    b = randn(40, 1)
+    found, _ = operator.solve_damped(b, 0.9, 0.1)
+    assert factored == [size]
+    close(found, torch.linalg.solve(damped, b), rtol=1e-9, atol=1e-10)
+
+
 def test_without_damping_nothing_is_divided_by_it(factored: list[int]) -> None:
     operator, dense = chain("abs", torch.float64)
     dense = dense + torch.diag(torch.ones(40)).double()
