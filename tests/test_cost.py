@@ -5,6 +5,7 @@ Counted, not timed: reads of a device's numbers, and bytes.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ TREATMENTS = pytest.mark.parametrize("treatment", [None, "zero", "abs", "clip"])
 
 def sigmoid_net(sizes: Sequence[int]) -> hbp.HBPSequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [hbp.HBPLinear(inputs, outputs), hbp.HBPSigmoid()]
     return hbp.HBPSequential(*layers[:-1])
 

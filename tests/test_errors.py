@@ -493,3 +493,20 @@ def test_a_frozen_parameter_is_skipped() -> None:
     CGNewton(model.parameters(), 0.1, 0.1).step()
     assert torch.equal(model[0].weight, before)
     assert getattr(model[0].weight, "hessian", None) is None
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_single_statistic_is_checked_too(bad: float) -> None:
+    layer, x = HBPLinear(4, 3).double(), randn(6, 4)
+    x[0, 0] = bad
+    layer(x).sum().backward()
+    message = r"input of HBPLinear.*NaN or infinity"
+    refuses(layer, ArithmeticError, message, lambda: layer.backward_hessian(H))
+
+
+def test_large_finite_statistics_are_no_error() -> None:
+    """Their sum has no number in float32; each of them has."""
+    layer = HBPLinear(4, 3)
+    layer(torch.full((1, 4), 2e38)).sum().backward()
+    layer.backward_hessian(H.float())
+    assert layer.weight.hessian is not None

@@ -1,0 +1,449 @@
+"""Structure that saves work must not cost digits: Woodbury, Pythagoras, small matrices.
+
+Everything against a dense matrix in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import close, indefinite, randn, send_back, spd
+from torch import Tensor, nn
+
+import hbp
+from hbp import operators
+from hbp.operators import (
+    Congruence,
+    DenseOperator,
+    DiagonalMap,
+    KroneckerBlock,
+    MatrixMap,
+    SymmetricOperator,
+)
+
+NAN, INF = float("nan"), float("inf")
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+ALPHAS = pytest.mark.parametrize("alpha", [1e-4, 1e-3, 0.02, 0.3, 1.0])
+
+
+# --------------------------------------------------------------------------------------
+# Woodbury's identity.
+# --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def factored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the matrices that are factorised."""
+    sizes: list[int] = []
+    factor = torch.linalg.lu_factor_ex
+
+    def recorded(matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(matrix))
+        return factor(matrix, *args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "lu_factor_ex", recorded)
+    return sizes
+
+
+def softmax_curvature(classes: int) -> Tensor:
+    p = randn(classes + 5, classes).softmax(1)
+    return torch.diag(p.mean(0)) - p.T @ p / len(p)
+
+
+def chain(
+    kind: str, dtype: torch.dtype, outer: Tensor | None = None
+) -> tuple[SymmetricOperator, Tensor]:
+    """6 features above 40, and the matrix in float64."""
+    H = softmax_curvature(6) if outer is None else outer
+    W, d, r = randn(6, 40) / 3, torch.rand(40).double() / 4, randn(40) / 10
+    r = {"abs": r.abs(), "clip": r.clamp(min=0), "none": r}.get(kind)
+    H, W, d = H.to(dtype), W.to(dtype), d.to(dtype)
+    r = None if r is None else r.to(dtype)
+    operator: SymmetricOperator = Congruence(DenseOperator(H), MatrixMap(W))
+    J = W.double()
+    if kind != "weight alone":
+        operator = Congruence(operator, DiagonalMap(d), r, nonnegative=kind != "none")
+        J = J * d.double()
+    dense = J.T @ H.double() @ J
+    return operator, dense if r is None else dense + torch.diag(r.double())
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@ALPHAS
+@BOTH
+@pytest.mark.parametrize("kind", ["abs", "clip", "zero", "weight alone", "none"])
+@pytest.mark.parametrize("weight", [1.0, 50.0, "tensor"])
+def test_solves_through_the_narrow_layer(
+    factored: list[int], kind: str, dtype: torch.dtype, alpha: float, weight: Any
+) -> None:
+    operator, dense = chain(kind, dtype)
+    b = randn(40, 2, dtype=dtype)
+    scale = 7.0 if weight == "tensor" else weight
+    # As KroneckerProduct passes it: a matrix of one number.
+    factor = torch.full((1, 1), scale, dtype=dtype) if weight == "tensor" else scale
+    factor = (1 - alpha) * factor
+    found, margin = operator.solve_damped(b, factor, alpha)
+    damped = (1 - alpha) * scale * dense + alpha * torch.eye(40).double()
+    expected = torch.linalg.solve(damped, b.double())
+    # An r of any sign makes no D to divide by.
+    assert factored == ([40] if kind == "none" else [6])
+    assert margin > 1
+    # Measured: 0.5 · condition · eps at most, and 2 eps where the condition is near 1.
+    condition = float(torch.linalg.cond(damped))
+    assert relative_error(found, expected) <= (condition + 5) * torch.finfo(dtype).eps
+
+
+def test_narrow_solves_are_no_less_accurate_than_dense_ones() -> None:
+    """In float32; geometric means over 100 systems: 0.3 times the dense error."""
+    for alpha in (1e-4, 1e-2, 0.3):
+        logs = []
+        for _ in range(20):
+            operator, dense = chain("abs", torch.float32)
+            b = randn(40, 1, dtype=torch.float32)
+            damped = (1 - alpha) * dense + alpha * torch.eye(40).double()
+            expected = torch.linalg.solve(damped, b.double())
+            narrow, _ = operator.solve_damped(b, 1 - alpha, alpha)
+            formed = DenseOperator(operator.to_dense())
+            plain, _ = formed.solve_damped(b, 1 - alpha, alpha)
+            ratio = relative_error(narrow, expected) / relative_error(plain, expected)
+            logs.append(math.log(ratio))
+        assert math.exp(sum(logs) / len(logs)) < 1
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.3])
+def test_two_columns_and_an_indefinite_layer_above(
+    factored: list[int], alpha: float
+) -> None:
+    """r ≥ 0 is all that is asked for; H may have eigenvalues of both signs."""
+    operator, dense = chain("abs", torch.float64, indefinite(6))
+    damped = (1 - alpha) * dense + alpha * torch.eye(40).double()
+    b = randn(40, 3)
+    found, margin = operator.solve_damped(b, 1 - alpha, alpha)
+    assert factored == [6]
+    assert margin > 1
+    close(found, torch.linalg.solve(damped, b), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide", "size"), [(6, 12, 6), (6, 11, 11), (1, 2, 1), (3, 3, 3)]
+)
+def test_only_half_as_wide_is_narrow(
+    factored: list[int], narrow: int, wide: int, size: int
+) -> None:
+    operator = Congruence(DenseOperator(spd(narrow)), MatrixMap(randn(narrow, wide)))
+    operator.solve_damped(randn(wide, 1), 0.9, 0.1)
+    Congruence(operator, DiagonalMap(randn(wide))).solve_damped(
+        randn(wide, 1), 0.9, 0.1
+    )
+    assert factored == [size, size]
+
+
+@pytest.mark.parametrize(("bent", "size"), [(False, 6), (True, 40)])
+def test_two_activations_in_a_row(factored: list[int], bent: bool, size: int) -> None:
+    """The upper one's second-order term is no part of a narrow matrix."""
+    inner, dense = chain("abs" if bent else "zero", torch.float64)
+    d, r = randn(40), randn(40).abs()
+    operator = Congruence(inner, DiagonalMap(d), r, nonnegative=True)
+    damped = 0.9 * (torch.outer(d, d) * dense + torch.diag(r))
+    damped += 0.1 * torch.eye(40).double()
+    b = randn(40, 1)
+    found, _ = operator.solve_damped(b, 0.9, 0.1)
+    assert factored == [size]
+    close(found, torch.linalg.solve(damped, b), rtol=1e-9, atol=1e-10)
+
+
+def test_without_damping_nothing_is_divided_by_it(factored: list[int]) -> None:
+    operator, dense = chain("abs", torch.float64)
+    dense = dense + torch.diag(torch.ones(40)).double()
+    operator.second_order.add_(1)
+    b = randn(40, 1)
+    found, margin = operator.solve_damped(b, 1.0, 0.0)
+    assert factored == [40]
+    assert margin > 1
+    close(found, torch.linalg.solve(dense, b), rtol=1e-9)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["zero", "weight alone"])
+def test_singular_systems_have_no_margin(kind: str, dtype: torch.dtype) -> None:
+    """An eigenvalue of exactly -α/(1-α), in the layer above."""
+    alpha = 0.25
+    H, J = torch.zeros(2, 2, dtype=dtype), torch.zeros(2, 6, dtype=dtype)
+    H[0, 0], H[1, 1], J[0, 0], J[1, 1] = -alpha / (1 - alpha), 1, 1, 1
+    operator: SymmetricOperator = Congruence(DenseOperator(H), MatrixMap(J))
+    if kind == "zero":
+        operator = Congruence(operator, DiagonalMap(torch.ones(6, dtype=dtype)))
+    b = torch.ones(6, 1, dtype=dtype)
+    _, margin = operator.solve_damped(b, 1 - alpha, alpha)
+    assert not margin > 1
+    with pytest.raises(ArithmeticError, match="singular"):
+        operator.solve(b, alpha)
+    # And without damping, of which there is too little to begin with.
+    with pytest.raises(ArithmeticError, match="singular"):
+        operator.solve(b)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("where", ["H", "W", "d", "r"])
+def test_not_finite_pieces_have_no_margin_or_no_finite_solution(
+    where: str, bad: float
+) -> None:
+    H, W, d, r = spd(3), randn(3, 8), randn(8), randn(8).abs()
+    {"H": H, "W": W, "d": d, "r": r}[where].view(-1)[0] = bad
+    inner = Congruence(DenseOperator(H), MatrixMap(W))
+    operator = Congruence(inner, DiagonalMap(d), r, nonnegative=True)
+    found, margin = operator.solve_damped(randn(8, 1), 0.9, 0.1)
+    if where == "r" and math.isinf(bad):
+        # An infinite curvature is a feature that does not move.
+        assert found[0] == 0 or not margin > 1
+    else:
+        assert not (margin > 1 and bool(found.isfinite().all()))
+    if math.isnan(bad):
+        assert not margin > 1
+
+
+@pytest.mark.parametrize("treatment", [None, "zero", "abs", "clip"])
+def test_a_network_solves_through_its_narrow_layers(
+    factored: list[int], treatment: str | None
+) -> None:
+    """30-20-8-3, whole steps: the sizes factorised, and the solutions."""
+    model = hbp.HBPSequential(
+        hbp.HBPLinear(30, 20),
+        hbp.HBPSigmoid(),
+        hbp.HBPLinear(20, 8),
+        hbp.HBPSigmoid(),
+        hbp.HBPLinear(8, 3),
+    ).double()
+    x, y = torch.rand(25, 30).double(), torch.arange(25) % 3
+    send_back(model, x, y, treatment=treatment)
+    alpha = 0.02
+    expected = [
+        torch.linalg.solve(
+            (1 - alpha) * p.hessian.to_dense() + alpha * torch.eye(p.numel()).double(),
+            -p.grad.flatten(),
+        )
+        for p in model.parameters()
+    ]
+    before = [p.detach().clone() for p in model.parameters()]
+    factored.clear()
+    hbp.CGNewton(model.parameters(), 1.0, alpha, solver="direct").step()
+    own, through = [20, 20, 8, 8, 3, 3], [8, 8, 3, 3, 3, 3]
+    assert factored == (own if treatment is None else through)
+    for p, old, d in zip(model.parameters(), before, expected, strict=True):
+        close((p - old).flatten(), d, rtol=1e-8, atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------
+# ‖B⊥‖ by Pythagoras.
+# --------------------------------------------------------------------------------------
+
+SHAPES = [(3, 5, 1), (10, 784, 1), (10, 784, 8), (100, 100, 2), (64, 3072, 1)]
+SHAPES += [(64, 3072, 64), (512, 1024, 1), (512, 1024, 8)]
+
+
+@BOTH
+@pytest.mark.parametrize(("out", "into", "count"), SHAPES)
+def test_gradients_in_the_span_have_no_remainder(
+    dtype: torch.dtype, out: int, into: int, count: int
+) -> None:
+    """Round-off of the two norms stays well below the threshold, 100 eps.
+
+    Measured on up to [1024, 3072], 1 to 64 rows: 1 - inside² within ±18 eps.
+    """
+    kinds = [randn(count, into), torch.rand(count, into).double()]
+    kinds.append(kinds[0] * torch.logspace(0, -6, into, dtype=torch.float64))
+    for rows in kinds:
+        F, coefficients = rows.to(dtype), randn(out, count).abs().to(dtype)
+        B = coefficients @ F
+        block = KroneckerBlock(DenseOperator(torch.eye(out, dtype=dtype)), F)
+        reduction = block.reduce(B.flatten())
+        # One sum over all entries is off by 100 eps itself.
+        norm = float(B.double().norm(dim=1).norm())
+        assert 0 < float(reduction.rhs[-1]) < 1e-14 * norm
+        inside = float(reduction.rhs[:-1].double().norm())
+        assert inside == pytest.approx(norm, rel=20 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("relative", [1.0, 0.1, 0.01])
+def test_a_remainder_is_seen_in_a_large_float32_gradient(relative: float) -> None:
+    """One sum over 3·10⁶ squares is off by more than a B⊥ of 1 % of B."""
+    out, into = 1024, 3072
+    s = torch.rand(1, into).double()
+    s /= s.norm()
+    remainder = torch.randn(out, into).double()
+    remainder -= (remainder @ s.T) @ s
+    remainder *= relative / remainder.norm()
+    u = randn(out, 1)
+    B = (u / u.norm() @ s + remainder).float()
+    block = KroneckerBlock(DenseOperator(torch.eye(out)), s.float())
+    length = float(block.reduce(B.flatten()).rhs[-1])
+    # 10 eps of B² beside 1e-4 of it.
+    assert length == pytest.approx(relative, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("relative", [1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("solver", ["cg", "direct"])
+def test_a_remainder_that_pythagoras_cannot_see_is_scaled_all_the_same(
+    solver: str, relative: float, count: int
+) -> None:
+    """float32, against float64 on the dense matrix, within B⊥ alone.
+
+    CG stops after three steps, so that the polynomial, not convergence, is compared.
+    """
+    out, into, alpha = 6, 50, 0.02
+    rows = torch.rand(count, into).float()
+    Q = torch.linalg.qr(rows.double().T).Q
+    remainder = torch.randn(out, into).double()
+    remainder -= remainder @ Q @ Q.T
+    inside = randn(out, count) @ Q.T
+    inside /= inside.norm()
+    B = (inside + relative * remainder / remainder.norm()).float()
+    H = (5 * spd(out)).float()
+    p = nn.Parameter(torch.zeros(out, into))
+    p.grad, p.hessian = -B, KroneckerBlock(DenseOperator(H), rows)
+    options = {"cg_tol": 1e-12, "cg_atol": 0.0, "cg_maxiter": 3}
+    hbp.CGNewton([p], 1.0, alpha, solver=solver, **options).step()
+
+    S = rows.double().T @ rows.double()
+    dense = (1 - alpha) * torch.kron(H.double(), S)
+    dense += alpha * torch.eye(out * into).double()
+    if solver == "cg":
+        expected = hbp.cg(dense, B.double().flatten(), tol=1e-12, maxiter=3).x
+    else:
+        expected = torch.linalg.solve(dense, B.double().flatten())
+    gap = p.detach().double() - expected.view(out, into)
+    assert gap.norm() <= 1e-3 * expected.norm()
+    outside = expected.view(out, into) @ (torch.eye(into) - Q @ Q.T)
+    error = (gap @ (torch.eye(into).double() - Q @ Q.T)).norm() / outside.norm()
+    # An entry of B is known to 6e-8 of B, whatever is small beside it. Measured: an
+    # error of 1e-7 of B at most, which is 10 % of a B⊥ of 1e-6.
+    assert error <= 1e-4 + 3e-7 / relative
+
+
+# --------------------------------------------------------------------------------------
+# DENSE_FEATURES.
+# --------------------------------------------------------------------------------------
+
+
+def network() -> hbp.HBPSequential:
+    torch.manual_seed(2)
+    return hbp.HBPSequential(
+        hbp.HBPLinear(9, 12),
+        hbp.HBPSigmoid(),
+        hbp.HBPLinear(12, 7),
+        hbp.HBPTanh(),
+        hbp.HBPLinear(7, 3),
+    ).double()
+
+
+@pytest.fixture
+def both_ways(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function's results with products through the chain and through the matrix."""
+
+    def run(function: Any) -> tuple[Any, Any]:
+        results = []
+        for features in (0, 256):
+            monkeypatch.setattr(operators, "DENSE_FEATURES", features)
+            torch.manual_seed(3)
+            results.append(function())
+        return tuple(results)
+
+    return run
+
+
+def sent_back(treatment: str | None) -> hbp.HBPSequential:
+    model = network()
+    send_back(model, randn(10, 9), torch.arange(10) % 3, treatment=treatment)
+    return model
+
+
+TREATMENTS = pytest.mark.parametrize("treatment", [None, "zero", "abs", "clip"])
+
+
+@TREATMENTS
+def test_products_are_the_same_with_and_without_a_matrix(
+    both_ways: Any, treatment: str | None
+) -> None:
+    def products() -> list[Tensor]:
+        parameters = list(sent_back(treatment).parameters())
+        return [p.hessian @ randn(p.numel(), 4) for p in parameters]
+
+    for chained, formed in zip(*both_ways(products), strict=True):
+        close(chained, formed)
+
+
+@TREATMENTS
+@pytest.mark.parametrize("solver", ["cg", "direct"])
+def test_steps_are_the_same_with_and_without_a_matrix(
+    both_ways: Any, treatment: str | None, solver: str
+) -> None:
+    def step() -> tuple[list[Tensor], list[hbp.optim.StepInfo]]:
+        model = sent_back(treatment)
+        optimizer = hbp.CGNewton(
+            model.parameters(), 0.1, 0.1, cg_tol=1e-3, solver=solver
+        )
+        optimizer.step()
+        moved = [p.detach().clone() for p in model.parameters()]
+        return moved, list(optimizer.last_step.values())
+
+    (chained, chained_info), (formed, formed_info) = both_ways(step)
+    for one, other in zip(chained, formed, strict=True):
+        close(one, other, rtol=1e-9, atol=1e-11)
+    for one, other in zip(chained_info, formed_info, strict=True):
+        assert one.iterations == other.iterations
+        assert (one.converged, one.negative_curvature) == (
+            other.converged,
+            other.negative_curvature,
+        )
+        assert one.step_norm == pytest.approx(other.step_norm, rel=1e-9)
+
+
+def test_a_matrix_is_formed_only_where_it_is_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for features, formed in [(0, False), (11, False), (12, True), (256, True)]:
+        monkeypatch.setattr(operators, "DENSE_FEATURES", features)
+        hessian = sent_back("abs")[0].bias.hessian
+        assert "_matrix" not in vars(hessian)
+        hessian @ randn(12)
+        assert ("_matrix" in vars(hessian)) == formed
+
+
+def test_errors_are_the_same_with_and_without_a_matrix(both_ways: Any) -> None:
+    """Above all that curvature is stale after a step, though a matrix was formed."""
+
+    def errors() -> list[str]:
+        model = sent_back("abs")
+        hessians = [p.hessian for p in model.parameters()]
+        for hessian in hessians:
+            hessian @ randn(hessian.shape[0])
+        hbp.CGNewton(model.parameters(), 0.1, 0.1).step()
+        messages = []
+        for hessian in hessians[:4]:
+            with pytest.raises(RuntimeError) as caught:
+                hessian @ randn(hessian.shape[0])
+            messages.append(str(caught.value))
+        # The output Hessian belongs to no weight.
+        for hessian in hessians[4:]:
+            hessian @ randn(hessian.shape[0])
+        with pytest.raises(ValueError, match="right-hand side") as wrong:
+            hessians[0] @ randn(5)
+        # A second step on the same curvature is refused too.
+        optimizer = hbp.CGNewton(model.parameters(), 0.1, 0.1)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match="has changed since") as again:
+            optimizer.step()
+        assert all(map(torch.equal, before, model.parameters()))
+        return [*messages, str(wrong.value), str(again.value)]
+
+    chained, formed = both_ways(errors)
+    assert chained == formed
+    assert "A weight of shape [7, 12] has changed since" in formed[0]
+    assert "A weight of shape [3, 7] has changed since" in formed[2]
