@@ -240,7 +240,7 @@ def test_a_network_solves_through_its_narrow_layers(
 
 
 # --------------------------------------------------------------------------------------
-# ‖B⊥‖ by Pythagoras.
+# The length of B⊥.
 # --------------------------------------------------------------------------------------
 
 SHAPES = [(3, 5, 1), (10, 784, 1), (10, 784, 8), (100, 100, 2), (64, 3072, 1)]
@@ -252,9 +252,9 @@ SHAPES += [(64, 3072, 64), (512, 1024, 1), (512, 1024, 8)]
 def test_gradients_in_the_span_have_no_remainder(
     dtype: torch.dtype, out: int, into: int, count: int
 ) -> None:
-    """Round-off of the two norms stays well below the threshold, 100 eps.
+    """Nothing is left but round-off, and that is not 0.
 
-    Measured on up to [1024, 3072], 1 to 64 rows: 1 - inside² within ±18 eps.
+    Measured on up to [1024, 3072], 1 to 64 rows: at most 27 eps of B.
     """
     kinds = [randn(count, into), torch.rand(count, into).double()]
     kinds.append(kinds[0] * torch.logspace(0, -6, into, dtype=torch.float64))
@@ -265,14 +265,14 @@ def test_gradients_in_the_span_have_no_remainder(
         reduction = block.reduce(B.flatten())
         # One sum over all entries is off by 100 eps itself.
         norm = float(B.double().norm(dim=1).norm())
-        assert 0 < float(reduction.rhs[-1]) < 1e-14 * norm
+        assert 0 < float(reduction.rhs[-1]) < 60 * torch.finfo(dtype).eps * norm
         inside = float(reduction.rhs[:-1].double().norm())
         assert inside == pytest.approx(norm, rel=20 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("relative", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("relative", [1.0, 0.1, 0.01, 1e-3, 1e-4])
 def test_a_remainder_is_seen_in_a_large_float32_gradient(relative: float) -> None:
-    """One sum over 3·10⁶ squares is off by more than a B⊥ of 1 % of B."""
+    """‖B‖² - ‖BQ‖² would be off by more than a B⊥ of 1 % of B."""
     out, into = 1024, 3072
     s = torch.rand(1, into).double()
     s /= s.norm()
@@ -283,14 +283,37 @@ def test_a_remainder_is_seen_in_a_large_float32_gradient(relative: float) -> Non
     B = (u / u.norm() @ s + remainder).float()
     block = KroneckerBlock(DenseOperator(torch.eye(out)), s.float())
     length = float(block.reduce(B.flatten()).rhs[-1])
-    # 10 eps of B² beside 1e-4 of it.
-    assert length == pytest.approx(relative, rel=0.02)
+    # An entry of B is rounded by up to 6e-8 of itself.
+    assert length == pytest.approx(relative, rel=0.01)
+
+
+def test_a_small_remainder_holds_up_convergence() -> None:
+    """CG may not call itself done while the residual of B⊥ is above the tolerance."""
+    rows, H = torch.rand(1, 784), spd(10).float() / 100
+    s = rows.double() / rows.double().norm()
+    remainder = torch.randn(10, 784).double()
+    remainder -= (remainder @ s.T) @ s
+    inside = randn(10, 1) @ s
+    inside /= inside.norm()
+    B = (inside + 3e-3 * remainder / remainder.norm()).float()
+    p = nn.Parameter(torch.zeros(10, 784))
+    p.grad, p.hessian = -B, KroneckerBlock(DenseOperator(H), rows)
+    optimizer = hbp.CGNewton([p], 1.0, 0.02, cg_tol=1e-4, cg_atol=0.0)
+    optimizer.step()
+    S = rows.double().T @ rows.double()
+    dense = 0.98 * torch.kron(H.double(), S) + 0.02 * torch.eye(7840).double()
+    residual = B.double().flatten() - dense @ p.detach().double().flatten()
+    info = optimizer.last_step[p]
+    assert info.converged
+    # It stops below 1e-4; float32 adds a few 1e-6 to what it believes.
+    assert residual.norm() < 1.1e-4
+    assert info.residual_norm == pytest.approx(float(residual.norm()), abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("relative", [1e-2, 1e-3, 1e-4, 1e-6])
 @pytest.mark.parametrize("solver", ["cg", "direct"])
-def test_a_remainder_that_pythagoras_cannot_see_is_scaled_all_the_same(
+def test_a_small_remainder_is_scaled_like_a_large_one(
     solver: str, relative: float, count: int
 ) -> None:
     """float32, against float64 on the dense matrix, within B⊥ alone.

@@ -411,7 +411,6 @@ print("HBP gets to Adam's best sooner, also by the clock.")
 # - F. Dangel, S. Harmeling, P. Hennig.
 #   [Modular Block-diagonal Curvature Approximations for Feedforward
 #   Architectures](https://arxiv.org/abs/1902.01813). AISTATS 2020.
-# - X. Glorot, Y. Bengio.
-#   [Understanding the difficulty of training deep feedforward neural
-#   networks](https://proceedings.mlr.press/v9/glorot10a.html).
-#   AISTATS 2010. Xavier's initial weights, and why sigmoids are hard.
+# - X. Glorot, Y. Bengio. Understanding the difficulty of training
+#   deep feedforward neural networks. AISTATS 2010. Xavier's initial
+#   weights, and why sigmoids are hard.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Final, Literal, overload
+from typing import Any, Final, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -188,6 +188,23 @@ class CGNewton(torch.optim.Optimizer):
         return systems
 
 
+class Facts(NamedTuple):
+    """What a solver says of one system; the first five as in ``StepInfo``.
+
+    Attributes:
+        descent: gᵀd.
+        margin: Above 1 if the matrix is regular.
+    """
+
+    iterations: float
+    residual_norm: float
+    converged: float
+    negative_curvature: float
+    step_norm: float
+    descent: float
+    margin: float
+
+
 class _System:
     """[(1-α)H + αI] d = g for one parameter, in the coordinates that H allows.
 
@@ -254,35 +271,27 @@ class _System:
         stop = o["cg_tol"], o["cg_atol"], o["cg_maxiter"]
         return Damped(operator, o["alpha"], self.rhs, *stop)
 
-    def info(
-        self,
-        iterations: float,
-        residual_norm: float,
-        converged: float,
-        negative_curvature: float,
-        step_norm: float,
-        descent: float,
-        margin: float,
-    ) -> StepInfo:
-        """What happened, of a solution d with gᵀd = ``descent``.
+    def info(self, facts: Facts) -> StepInfo:
+        """What happened, once the facts say that d is a solution.
 
         At θ - lr·d the model has changed by -lr·gᵀd + ½lr²·dᵀCd, C = (1-α)H + αI. A
         solution has Cd = g; so has every CG iterate from 0 as far as dᵀ can see, for
         its residual is orthogonal to d. Hence dᵀCd = gᵀd.
 
         Raises:
-            ArithmeticError: the numbers say that d is no solution.
+            ArithmeticError: d is no solution.
         """
-        if not (math.isfinite(residual_norm + step_norm) and margin > 1):
-            raise ArithmeticError(f"No step was taken; {self._blame(margin)}")
+        finite = math.isfinite(facts.residual_norm + facts.step_norm)
+        if not (finite and facts.margin > 1):
+            raise ArithmeticError(f"No step was taken; {self._blame(facts.margin)}")
         lr = self.options["lr"]
         return StepInfo(
-            int(iterations),
-            residual_norm,
-            bool(converged),
-            bool(negative_curvature),
-            step_norm,
-            (lr - lr**2 / 2) * descent,
+            int(facts.iterations),
+            facts.residual_norm,
+            bool(facts.converged),
+            bool(facts.negative_curvature),
+            facts.step_norm,
+            (lr - lr**2 / 2) * facts.descent,
         )
 
     def _blame(self, margin: float) -> str:
@@ -316,11 +325,11 @@ def _solve(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, StepInfo]]
     solutions = {}
     for group in _groups(systems):
         solve = _by_cg if group[0].options["solver"] == "cg" else _directly
-        directions, outcomes = solve(group)
+        directions, facts = solve(group)
         # The only place where the host waits for the solutions.
-        rows = outcomes.double().tolist()
+        rows = torch.stack([fact.double() for fact in facts], dim=1).tolist()
         for system, d, row in zip(group, directions, rows, strict=True):
-            solutions[system] = d, system.info(*row)
+            solutions[system] = d, system.info(Facts(*row))
     return solutions
 
 
@@ -333,32 +342,32 @@ def _groups(systems: Sequence[_System]) -> Iterable[list[_System]]:
     return groups.values()
 
 
-def _by_cg(group: Sequence[_System]) -> tuple[Sequence[Tensor], Tensor]:
-    """The coordinates of d by conjugate gradients, and a row of facts for each."""
+def _by_cg(group: Sequence[_System]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The coordinates of d by conjugate gradients, and ``Facts`` on the device."""
     # A product of a large system costs more than the host's look at the residual.
-    result = cg_lockstep(
-        [system.damped for system in group], 1 if group[0].is_large else CHECK_EVERY
-    )
-    facts = torch.stack(result[1:], dim=1)
-    margins = facts.new_full((len(group), 1), math.inf)
-    directions = [d[: len(s.rhs)] for s, d in zip(group, result.x, strict=True)]
-    return directions, torch.cat([facts, margins], dim=1)
+    check_every = 1 if group[0].is_large else CHECK_EVERY
+    x, *facts = cg_lockstep([system.damped for system in group], check_every)
+    directions = [row[: len(s.rhs)] for s, row in zip(group, x, strict=True)]
+    return directions, [*facts, torch.full_like(facts[-1], math.inf)]
 
 
-def _directly(group: Sequence[_System]) -> tuple[Sequence[Tensor], Tensor]:
-    """The coordinates of d by factorisation, and a row of facts for each."""
-    directions, rows = [], []
+def _directly(group: Sequence[_System]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The coordinates of d by factorisation, and ``Facts`` on the device."""
+    directions, norms, sizes, descents, margins = [], [], [], [], []
     for system in group:
-        operator, alpha, b = system.damped[:3]
+        alpha, operator = system.options["alpha"], system.reduction.operator
         d, margin = system.reduction.solve_damped(alpha)
-        residual = alpha * d - b
+        residual = alpha * d - system.rhs
         k = operator.shape[0]
         operator.add_product(residual[:k, None], d[:k, None], 1 - alpha)
-        norm, one = torch.linalg.vector_norm, margin.new_ones(())
-        facts = [0 * one, norm(residual), one, 0 * one, norm(d), d @ b, margin]
         directions.append(d)
-        rows.append(torch.stack(facts))
-    return directions, torch.stack(rows)
+        norms.append(torch.linalg.vector_norm(residual))
+        sizes.append(torch.linalg.vector_norm(d))
+        descents.append(d @ system.rhs)
+        margins.append(margin)
+    zero = torch.zeros_like(torch.stack(margins))
+    solved = map(torch.stack, (sizes, descents, margins))
+    return directions, [zero, torch.stack(norms), zero + 1, zero, *solved]
 
 
 def _check_loss(loss: object) -> None:

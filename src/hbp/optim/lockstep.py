@@ -11,7 +11,7 @@ Row by row, the iterates are those of ``hbp.cg``, which is the one to read first
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -42,6 +42,11 @@ class Damped(NamedTuple):
     atol: float
     maxiter: int | None
 
+    @property
+    def budget(self) -> int:
+        """At most this many products."""
+        return 10 * len(self.b) if self.maxiter is None else self.maxiter
+
 
 class LockstepResult(NamedTuple):
     """What ``cg_lockstep`` returns, one row or entry per system, on the device.
@@ -49,8 +54,9 @@ class LockstepResult(NamedTuple):
     Attributes:
         x: The last iterates, [systems, width]; row i is padded with zeros.
         iterations: Steps taken.
-        residual_norm: ‖b - [(1-α)A + αI] x‖ as the recurrence knows it; NaN where the
-            iteration met NaN or infinity.
+        residual_norm: ‖b - [(1-α)A + αI] x‖ as the recurrence knows it. Where the
+            system has NaN or infinity, this or ``norm`` is not finite, and the other
+            entries mean nothing.
         converged: Whether residual_norm ≤ max(tol·‖b‖, atol).
         negative_curvature: Whether the iteration ended at a direction p with
             pᵀ[(1-α)A + αI]p ≤ 0.
@@ -81,50 +87,41 @@ def cg_lockstep(
         The iterates that ``hbp.cg`` ends with, and what happened.
     """
     b = _rows([system.b for system in systems])
-    budgets = [s.maxiter or 10 * len(s.b) for s in systems]
-    options = [(s.alpha, s.tol, s.atol) for s in systems]
-    alpha, tol, atol = b.new_tensor(options).unsqueeze(2).unbind(1)
-    budget = torch.tensor(budgets, device=b.device).unsqueeze(1)
+    options = [(s.alpha, s.tol, s.atol, s.budget) for s in systems]
+    alpha, tol, atol, budget = _to_device(options, b).unsqueeze(2).unbind(1)
 
     # In units of a power of 2 near max|b|: exact, and no square over- or underflows.
     exponent = torch.frexp(b.abs().amax(1, keepdim=True)).exponent
     unit = torch.exp2(exponent.to(b.dtype))
     r = b / unit
     p, x, Ap = r.clone(), torch.zeros_like(b), torch.empty_like(b)
-    products = []
-    for i, system in enumerate(systems):
-        k = system.operator.shape[0]
-        product = Ap[i, :k, None], p[i, :k, None], 1 - system.alpha
-        products.append((system.operator.add_product, product))
+    multiply = _multiplier(systems, alpha, p, Ap)
     rr = _dot(r, r)
     target = torch.maximum(tol * tol * rr, (atol / unit).square())
     active = rr > target
-    iterations, zero = torch.zeros_like(budget), b.new_zeros(())
+    iterations, zero = torch.zeros_like(rr), b.new_zeros(())
 
-    for iteration in range(max(budgets)):
+    for iteration in range(max(system.budget for system in systems)):
         if iteration % check_every == 0:
             running = active.flatten().tolist()
             if not any(running):
                 break
-        torch.mul(p, alpha, out=Ap)
-        for (add_product, arguments), is_running in zip(products, running, strict=True):
-            if is_running:
-                add_product(*arguments)
+        multiply(running)
         curvature = _dot(p, Ap)
         active &= curvature > 0
+        # A row that is done takes steps of length 0. One that has met NaN or infinity
+        # becomes NaN all over (0 · NaN is NaN), and so says what happened.
         step = torch.where(active, rr / curvature, zero)
         x.addcmul_(step, p)
         r.addcmul_(step, Ap, value=-1)
         iterations += active
         rr_new = _dot(r, r)
-        active &= rr_new > target
-        if iteration + 1 >= min(budgets):
-            active &= iterations < budget
+        active &= (rr_new > target) & (iterations < budget)
         torch.addcmul(r, p, torch.where(active, rr_new / rr, zero), out=p)
         rr = rr_new
 
     converged = rr <= target
-    columns = (
+    per_system = (
         iterations,
         rr.sqrt() * unit,
         converged,
@@ -132,7 +129,36 @@ def cg_lockstep(
         _dot(x, x).sqrt() * unit,
         _dot(x, b / unit) * unit * unit,
     )
-    return LockstepResult(x * unit, *(column.squeeze(1) for column in columns))
+    return LockstepResult(x * unit, *(values.squeeze(1) for values in per_system))
+
+
+def _multiplier(
+    systems: Sequence[Damped], alpha: Tensor, p: Tensor, Ap: Tensor
+) -> Callable[[Sequence[bool]], None]:
+    """A function that fills the rows of Ap with [(1-α)A + αI] p.
+
+    It holds views of p and Ap, so these must be written in place ever after.
+    """
+    parts = []
+    for i, (operator, own_alpha, *_) in enumerate(systems):
+        k = operator.shape[0]
+        parts.append((operator, Ap[i, :k, None], p[i, :k, None], 1 - own_alpha))
+
+    def multiply(running: Sequence[bool]) -> None:
+        torch.mul(p, alpha, out=Ap)
+        for part, is_running in zip(parts, running, strict=True):
+            if is_running:
+                operator, Ap_row, p_row, weight = part
+                operator.add_product(Ap_row, p_row, weight)
+
+    return multiply
+
+
+def _to_device(values: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """Numbers of the host as a tensor; from pinned memory, so that no GPU waits."""
+    pinned = like.device.type == "cuda"
+    host = torch.tensor(values, dtype=like.dtype, pin_memory=pinned)
+    return host.to(like.device, non_blocking=True)
 
 
 def _rows(vectors: Sequence[Tensor]) -> Tensor:
