@@ -37,7 +37,7 @@ $(KATEX): docs/hooks/package-lock.json
 
 setup: $(READY)  ## create .venv with everything in it
 
-tutorials: $(READY)  ## run both tutorials on small data, about a minute each
+tutorials: $(READY)  ## run the tutorials on small data, about a minute each
 	HBP_TUTORIAL=quick $(BIN)/python tools/notebooks.py run --into build/tutorials
 	@echo "Open these in a browser or a notebook editor:" && ls build/tutorials/*
 
@@ -74,7 +74,7 @@ bench: .venv/bench-ready  ## time a training step next to those of others
 	PYTHONPATH=tests $(BIN)/python -m benchmarks
 	$(BIN)/python tools/draw_benchmarks.py
 
-bench-accuracy: $(READY)  ## train to an accuracy on CIFAR-10, with SGD and Adam; hours
+bench-accuracy: $(READY)  ## time to accuracy on CIFAR-10, an hour or so
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python tools/draw_accuracy.py
 

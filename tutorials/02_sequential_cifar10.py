@@ -293,24 +293,28 @@ print("Without the second term, most of the curvature is gone.")
 
 
 # %%
-def newton_step(images, labels):
-    """One step of Hessian backpropagation."""
-    # Values go forward.
-    outputs = model(images)
-    loss = loss_func(outputs, labels)
+def newton_step(model, optimizer):
+    """A step of Hessian backpropagation."""
 
-    # The curvature at the output, a matrix of 10 x 10 numbers.
-    optimizer.zero_grad()
-    output_hessian = batch_summed_hessian(loss, outputs)
+    def step(images, labels):
+        # Values go forward.
+        outputs = model(images)
+        loss = loss_func(outputs, labels)
 
-    # Gradients go backward, and then so does the curvature.
-    loss.backward()
-    model.backward_hessian(
-        output_hessian, modify_2nd_order_terms="abs"
-    )
+        # The curvature at the output, 10 x 10 numbers.
+        optimizer.zero_grad()
+        output_hessian = batch_summed_hessian(loss, outputs)
 
-    optimizer.step()
-    return outputs, loss
+        # Gradients go backward, and then so does the curvature.
+        loss.backward()
+        model.backward_hessian(
+            output_hessian, modify_2nd_order_terms="abs"
+        )
+
+        optimizer.step()
+        return outputs, loss
+
+    return step
 
 
 # %% [markdown]
@@ -399,7 +403,9 @@ def train(
 # plateau.
 
 # %% tags=["nbval-ignore-output"]
-hbp_batches, hbp_tests = train(model, newton_step, print_every=20)
+hbp_batches, hbp_tests = train(
+    model, newton_step(model, optimizer), print_every=20
+)
 
 # %% [markdown]
 # Here is how the last step went. For each parameter: how large its
@@ -692,28 +698,10 @@ schedule = torch.optim.lr_scheduler.ExponentialLR(
     fast_optimizer, gamma=0.7
 )
 
-# %% [markdown]
-# The step is the one from above, with the new model and optimizer.
-
-
-# %%
-def fast_step(images, labels):
-    outputs = fast_model(images)
-    loss = loss_func(outputs, labels)
-    fast_optimizer.zero_grad()
-    output_hessian = batch_summed_hessian(loss, outputs)
-    loss.backward()
-    fast_model.backward_hessian(
-        output_hessian, modify_2nd_order_terms="abs"
-    )
-    fast_optimizer.step()
-    return outputs, loss
-
-
 # %% tags=["nbval-ignore-output"]
 fast_batches, fast_tests = train(
     fast_model,
-    fast_step,
+    newton_step(fast_model, fast_optimizer),
     print_every=100,
     num_epochs=5,
     batch_size=25 if quick() else 100,
@@ -752,9 +740,10 @@ print("On test images, too.")
 
 # %% [markdown]
 # (The original's log ends at a batch accuracy of 0.517.) An epoch has
-# five times as many steps now, so compare the seconds, too. Which of these changes would have helped SGD and Adam?
-# Most of them. [When curvature pays](06_when_curvature_pays.ipynb)
-# runs all three on equal terms.
+# five times as many steps now, so compare the seconds, too. And most
+# of these changes would have helped SGD and Adam as well:
+# [When curvature pays](06_when_curvature_pays.ipynb) races all three
+# on equal terms.
 #
 # ## Try it yourself
 #
