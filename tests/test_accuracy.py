@@ -90,10 +90,12 @@ def test_tables_and_figure(folder: Path) -> None:
     report = json.loads(accuracy.RESULT.read_text("utf-8"))
     shallow, deep = draw.times(report).split("\n\n")
     # 45 % after 2 epochs or 4 s with all seeds, 50 % after 3 with two of them.
-    assert "| HBP | 2 (3) | 4 (3) | 3 (2) | 6 (2) | 0.520 |" in shallow
-    assert "| Adam | 3 (1) | 6 (1) | never (0) | never (0) | 0.300 |" in shallow
-    assert deep.count("\n") == 5
-    assert draw.grid(report).count("\n") == 2 + 2 + 6 + 3 + 2 * 2
+    assert "| HBP, 0.15 | 2 (3) | 4 (3) | 3 (2) | 6 (2) | 0.520 |" in shallow
+    assert "0.0003 | 3 (1) | 6 (1) | never (0) | never (0) | 0.300 |" in shallow
+    # Two rows of heading, HBP with two learning rates, Adam, SGD.
+    assert deep.count("\n") == 2 + 2 + 1 + 1
+    assert draw.finals(report)["deep", "hbp"][0]["lr"] == DEEP_HBP.lr
+    assert draw.grid(report).count("\n") == 2 + 3 + 6 + 3 + 2 * 2
     draw.main(accuracy.RESULT.parent)
     assert (accuracy.RESULT.parent / "curves.svg").exists()
 

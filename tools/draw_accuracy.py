@@ -28,17 +28,26 @@ def setting(run: Json) -> tuple[Any, ...]:
     return run["network"], run["method"], run["lr"], run["decay"], run["alpha"]
 
 
-def finals(report: Json) -> dict[tuple[str, str], list[Json]]:
-    """The runs that have all seeds, by network and method."""
+def repeated(report: Json) -> list[list[Json]]:
+    """The settings that ran with all seeds."""
     by_setting: dict[tuple[Any, ...], list[Json]] = {}
     for run in report["runs"]:
         by_setting.setdefault(setting(run), []).append(run)
     most = max(map(len, by_setting.values()))
-    return {
-        (network, method): runs
-        for (network, method, *_), runs in by_setting.items()
-        if len(runs) == most
-    }
+    return [runs for runs in by_setting.values() if len(runs) == most]
+
+
+def best(run: Json) -> float:
+    """The highest test accuracy in any epoch."""
+    return max(entry["test"] for entry in run["log"])
+
+
+def finals(report: Json) -> dict[tuple[str, str], list[Json]]:
+    """By network and method, the runs of the setting that is best at its worst."""
+    groups: dict[tuple[str, str], list[Json]] = {}
+    for runs in sorted(repeated(report), key=lambda runs: min(map(best, runs))):
+        groups[runs[0]["network"], runs[0]["method"]] = runs
+    return groups
 
 
 def reached(run: Json, accuracy: float, unit: str) -> float | None:
@@ -51,27 +60,19 @@ def reached(run: Json, accuracy: float, unit: str) -> float | None:
 
 def times(report: Json) -> str:
     """Median epochs and seconds to some accuracies; how many seeds got there."""
-    rows = []
-    for network, levels in NETWORKS.items():
-        for method, name in METHODS.items():
-            runs = finals(report)[network, method]
-            row = [f"{network}, {name}"]
-            for level in levels:
-                for unit in ("epochs", "seconds"):
-                    hits = [reached(run, level, unit) for run in runs]
-                    row.append(in_brackets(hits))
-            best = [max(entry["test"] for entry in run["log"]) for run in runs]
-            rows.append((row, f"{median(best):.3f}"))
     pages = []
     for network, levels in NETWORKS.items():
-        head = [network]
+        head = [f"{network}, learning rate"]
         head += [f"{u} to {100 * a:.0f} %" for a in levels for u in ("epochs", "s")]
-        body = [
-            [row[0].partition(", ")[2], *row[1:], best]
-            for row, best in rows
-            if row[0].startswith(network)
-        ]
-        pages.append(table([*head, "best test accuracy"], body))
+        rows = []
+        for runs in repeated(report):
+            if runs[0]["network"] == network:
+                row = [f"{METHODS[runs[0]['method']]}, {runs[0]['lr']}"]
+                for level in levels:
+                    for unit in ("epochs", "seconds"):
+                        row.append(in_brackets(reached(r, level, unit) for r in runs))
+                rows.append([*row, f"{median(map(best, runs)):.3f}"])
+        pages.append(table([*head, "best test accuracy"], rows))
     return "\n".join(pages)
 
 
@@ -98,7 +99,7 @@ def grid(report: Json) -> str:
                     str(run["batch"]),
                     str(run["epochs"]),
                     f"{log[-1]['train']:.3f}",
-                    f"{max(entry['test'] for entry in log):.3f}",
+                    f"{best(run):.3f}",
                     short(log[-1]["seconds"] / len(log)),
                 ]
             )
