@@ -137,7 +137,8 @@ def draw(report: Json) -> Drawing:
             axes.set_ylabel("test accuracy")
             axes.set_title(network, fontsize=10)
             axes.grid(True)
-            axes.legend(loc="lower right", frameon=False, fontsize=9)
+            corner = "lower right" if network == "shallow" else "upper left"
+            axes.legend(loc=corner, frameon=False, fontsize=9)
     return finished(figure)
 
 

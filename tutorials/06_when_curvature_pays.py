@@ -294,7 +294,9 @@ draw(shallow_logs)
 
 
 # %% [markdown]
-# All three learn. HBP is ahead at the end, but not by much.
+# All three learn. HBP is ahead at the end, but not by much. Look at
+# the panels on the right, too: by the clock, the race is closer, and
+# it depends on what you count as the goal.
 
 
 # %%
