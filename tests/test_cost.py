@@ -198,11 +198,14 @@ def test_reads_of_the_averaged_product(
         assert step <= math.ceil(training.iterations() / CHECK_EVERY) + 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="torch counts waits on CUDA only; the reads above stand in for them",
+)
 @SOLVERS
 @pytest.mark.parametrize("depth", [3, 8])
 def test_a_gpu_waits_no_more_often_than_it_is_read(solver: str, depth: int) -> None:
-    """As torch counts it: reads, and the two small copies of options to the device."""
+    """As torch counts it: no wait but the reads that are counted above on the CPU."""
     training = Iteration(depth, solver, "abs", cg_tol=1e-6)
     training.model.cuda()
     training.x, training.y = training.x.cuda(), training.y.cuda()
@@ -222,7 +225,7 @@ def test_a_gpu_waits_no_more_often_than_it_is_read(solver: str, depth: int) -> N
         assert [waits(part) for part in training.parts()] == [0, 1, 2]
         step = waits(training.optimizer.step)
         looks = math.ceil(training.iterations() / CHECK_EVERY)
-        assert step <= (looks + 4 if solver == "cg" else 1)
+        assert step <= (looks + 2 if solver == "cg" else 1)
     for part in training.parts():
         part()
     if solver == "direct":

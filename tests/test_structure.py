@@ -1,4 +1,4 @@
-"""Structure that saves work must not cost digits: Woodbury, Pythagoras, small matrices.
+"""Structure that saves work must not cost digits: Woodbury, remainders, small matrices.
 
 Everything against a dense matrix in float64.
 """

@@ -137,8 +137,11 @@ def draw(report: Json) -> Drawing:
             axes.set_ylabel("test accuracy")
             axes.set_title(network, fontsize=10)
             axes.grid(True)
-            corner = "lower right" if network == "shallow" else "upper left"
-            axes.legend(loc=corner, frameon=False, fontsize=9)
+            axes.legend(
+                loc="lower right" if network == "shallow" else "upper left",
+                frameon=False,
+                fontsize=9,
+            )
     return finished(figure)
 
 

@@ -321,7 +321,7 @@ else:
 # %% [markdown]
 # ## A deep network
 #
-# Eight linear layers, each half as wide as the one before it. The
+# Eight linear layers, each narrower than the one before it. The
 # gradient has to pass seven sigmoids on its way back, and each takes
 # at least three quarters of it. This is where the original paper
 # tried its method, too.
@@ -329,7 +329,7 @@ else:
 # The damping is smaller now. In the first layers, both gradient and
 # curvature are tiny, and $\mathrm{lr} / \alpha$ is the fastest that a
 # layer can move. The learning rate is a little smaller, too: with
-# 0.15, one seed in three saturated the last sigmoids, and was stuck.
+# 0.15, one seed in three never left the plateau.
 
 # %% tags=["nbval-ignore-output"]
 deep_logs = race(

@@ -45,7 +45,6 @@ tens of products. On the network of tutorial 02, on a CPU, a whole step is as fa
 takes eight times the arithmetic.
 """
 
-
 REMAINDER_ENTRIES: Final = 2**19
 """Entries of a gradient's remainder that are formed at a time: 2 MiB in float32."""
 
@@ -108,9 +107,6 @@ class SymmetricOperator(ABC):
     def to_dense_once(self) -> Tensor:
         """``to_dense()`` for a caller who keeps what it makes of the matrix."""
         return self.to_dense()
-
-    def require_fresh(self) -> None:  # noqa: B027 - most operators read no weight
-        """Raise RuntimeError if a weight that the operator reads has changed."""
 
     def add_product(self, target: Tensor, columns: Tensor, scale: float) -> None:
         """target, [n, k], += scale · A · columns, [n, k]. Arguments go unchecked."""
@@ -252,9 +248,6 @@ class LinearMap(ABC):
     in_size: int
     out_size: int
 
-    def require_fresh(self) -> None:  # noqa: B027 - most maps read no weight
-        """Raise RuntimeError if a weight that the map reads has changed."""
-
     @abstractmethod
     def forward(self, columns: Tensor) -> Tensor:
         """J v for columns v, [x, k] → [z, k]."""
@@ -313,6 +306,7 @@ class MatrixMap(LinearMap):
         return self._matrix
 
     def require_fresh(self) -> None:
+        """Raise RuntimeError if W has changed since the operator was made."""
         if self._is_stale:
             raise RuntimeError(
                 f"A weight of shape {list(self._matrix.shape)} has changed since "
@@ -416,8 +410,11 @@ class Congruence(SymmetricOperator):
         return result
 
     def require_fresh(self) -> None:
-        self.jacobian.require_fresh()
-        self.outer.require_fresh()
+        """Raise RuntimeError if a weight of the chain has changed."""
+        if isinstance(self.jacobian, MatrixMap):
+            self.jacobian.require_fresh()
+        if isinstance(self.outer, Congruence):
+            self.outer.require_fresh()
 
     def diagonal(self) -> Tensor:
         diagonal = self.jacobian.congruence_diagonal(self.outer)
