@@ -219,8 +219,10 @@ def _with(value: float) -> Tensor:
     [
         (torch.eye(4).double(), ValueError, r"\[4, 4\].*3 output features: \[3, 3\]"),
         (DenseOperator(torch.eye(4).double()), ValueError, r"\[4, 4\].*\[3, 3\]"),
-        (torch.ones(3).double(), ValueError, r"shape \[3\]; it must be \[C, C\]"),
-        (torch.ones(6, 3, 3).double(), ValueError, r"shape \[6, 3, 3\].*batch_summed"),
+        (torch.ones(3).double(), ValueError, r"shape \[3\]; .* must be \[C, C\]"),
+        (torch.ones(2, 6, 3).double(), ValueError, r"shape \[2, 6, 3\].*batch_summed"),
+        (torch.ones(7, 3, 3).double(), ValueError, "7 samples, but 6 went"),
+        (torch.ones(0, 3, 3).double(), ValueError, r"\[0, 3, 3\] is empty"),
         (torch.ones(3, 2).double(), ValueError, r"shape \[3, 2\]"),
         (H.float(), ValueError, r"float32 on cpu.*float64 on cpu.*\.to\(\.\.\.\)"),
         (torch.eye(3, dtype=torch.int64), ValueError, "int64"),

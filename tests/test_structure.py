@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 import hbp
 from hbp import operators
+from hbp.maps import DiagonalMap, MatrixMap
 from hbp.operators import (
     Congruence,
     DenseOperator,
-    DiagonalMap,
     KroneckerBlock,
-    MatrixMap,
     SymmetricOperator,
 )
 

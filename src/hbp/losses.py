@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 
-@torch.enable_grad()
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
     """The Hessian of any loss w.r.t. the outputs, summed over the batch.
 
@@ -39,14 +38,34 @@ def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
         RuntimeError: the graph of ``loss`` is gone.
         ArithmeticError: the loss or the Hessian has NaN or infinity.
     """
+    return _require_finite(_hessian_rows(loss, outputs).sum(1))
+
+
+def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
+    """The Hessian of any loss w.r.t. each sample's output.
+
+    What ``model.backward_hessian`` takes for exact curvature products. Arguments and
+    errors as for ``batch_summed_hessian``, which is the sum over the samples.
+
+    Returns:
+        ∂²loss/∂z_n∂z_nᵀ, [N, C, C]. Of a mean loss each carries the 1/N.
+    """
+    rows = _hessian_rows(loss, outputs)
+    return _require_finite(rows.transpose(0, 1).contiguous())
+
+
+@torch.enable_grad()
+def _hessian_rows(loss: Tensor, outputs: Tensor) -> Tensor:
+    """Row c of every sample's Hessian, [C, N, C]."""
     _check_loss(loss)
     _check_outputs(outputs)
     features = outputs[0].numel()
+    zeros = outputs.new_zeros(features, len(outputs), features)
     gradient = _gradient(loss, outputs)
     if not gradient.requires_grad:  # A loss that is linear in the outputs.
-        return outputs.new_zeros(features, features)
-    # Row c of H̄ is Σ_n ∂(Σ_m ∂loss/∂z_mc)/∂z_n: samples do not mix, so the inner sum
-    # only collects what belongs to sample n. All rows in one batched pass.
+        return zeros
+    # Row c is ∂(Σ_m ∂loss/∂z_mc)/∂z_n: samples do not mix, so the inner sum only
+    # collects what belongs to sample n. All rows in one batched pass.
     columns = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
     (rows,) = torch.autograd.grad(
         columns.sum(0),
@@ -59,9 +78,8 @@ def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
         allow_unused=True,
     )
     if rows is None:  # Linear in the outputs, though not in something else.
-        return outputs.new_zeros(features, features)
-    hessian = rows.detach().sum(1).reshape(features, features)
-    return _require_finite(hessian)
+        return zeros
+    return rows.detach().reshape(zeros.shape)
 
 
 def output_hessian(

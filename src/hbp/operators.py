@@ -6,7 +6,11 @@ An operator answers the same questions from its factors:
 | operator | matrix |
 |---|---|
 | ``DenseOperator`` | H, stored |
+| ``DiagonalOperator`` | diag(d) |
 | ``Congruence`` | JᵀHJ + diag(r): one step of the backward chain |
+| ``OperatorSum`` | A₁ + A₂ + … |
+| ``SampleBlocks`` | one matrix per sample, block-diagonal |
+| ``RepeatedOperator`` | the same matrix for every sample |
 | ``KroneckerBlock`` | H ⊗ E[xxᵀ] or H ⊗ x̄x̄ᵀ: a linear layer's weight |
 | ``KroneckerProduct`` | H ⊗ S for a small matrix S |
 | ``DirectSum`` | independent blocks on a diagonal |
@@ -32,8 +36,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-DENSE_LIMIT_BYTES: Final = 8 * 2**30
-"""``to_dense()`` refuses to allocate a larger matrix than this."""
+from hbp.maps import COLUMNS_AT_ONCE, DiagonalMap, LinearMap, MatrixMap
+
+_dense_limit = 2**29
 
 DENSE_FEATURES: Final = 256
 """Up to this size ``Congruence`` forms its matrix before it multiplies.
@@ -108,6 +113,9 @@ class SymmetricOperator(ABC):
         """``to_dense()`` for a caller who keeps what it makes of the matrix."""
         return self.to_dense()
 
+    def require_fresh(self) -> None:  # noqa: B027
+        """Raise RuntimeError if a tensor has changed that a product would read."""
+
     def add_product(self, target: Tensor, columns: Tensor, scale: float) -> None:
         """target, [n, k], += scale · A · columns, [n, k]. Arguments go unchecked."""
         target.add_(self._product(columns), alpha=scale)
@@ -127,17 +135,25 @@ class SymmetricOperator(ABC):
         """The matrix itself, [n, n]. Treat it as read-only: it may be shared.
 
         Raises:
-            MemoryError: it would need more than ``DENSE_LIMIT_BYTES``.
+            MemoryError: it would need more than ``hbp.set_dense_limit`` allows.
         """
-        need = self.shape.numel() * self.dtype.itemsize
-        if need > DENSE_LIMIT_BYTES:
+        if not self.fits:
             raise MemoryError(
                 f"A dense [{self.shape[0]}, {self.shape[1]}] matrix of {self.dtype} "
-                f"needs {need / 2**30:.1f} GiB, more than the "
-                f"{DENSE_LIMIT_BYTES / 2**30:.0f} GiB that to_dense() allows. Use "
-                "products (operator @ vector), diagonal() or trace() instead."
+                f"needs {self._dense_bytes / 2**30:.1f} GiB, more than the limit of "
+                f"{_dense_limit / 2**30:.2g} GiB. Use products (operator @ vector), "
+                "diagonal() or trace() instead, or raise it by hbp.set_dense_limit()."
             )
         return self._dense()
+
+    @property
+    def _dense_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    @property
+    def fits(self) -> bool:
+        """Whether the dense matrix is within the limit; see ``set_dense_limit``."""
+        return fits_dense(self._dense_bytes)
 
     def diagonal(self) -> Tensor:
         """The diagonal, [n]."""
@@ -242,110 +258,153 @@ class DenseOperator(SymmetricOperator):
         return self.matrix
 
 
-class LinearMap(ABC):
-    """A Jacobian J of shape [z, x]: the map of one step of the chain."""
+class ZeroOperator(SymmetricOperator):
+    """The [n, n] matrix of zeros, given n, dtype and device."""
 
-    in_size: int
-    out_size: int
+    def _product(self, columns: Tensor) -> Tensor:
+        return torch.zeros_like(columns)
 
-    @abstractmethod
-    def forward(self, columns: Tensor) -> Tensor:
-        """J v for columns v, [x, k] → [z, k]."""
-
-    @abstractmethod
-    def transpose(self, columns: Tensor) -> Tensor:
-        """Jᵀ u for columns u, [z, k] → [x, k]."""
-
-    @abstractmethod
-    def congruence(self, matrix: Tensor) -> Tensor:
-        """Jᵀ M J for a dense M, [z, z] → [x, x]."""
-
-    @abstractmethod
-    def congruence_diagonal(self, operator: SymmetricOperator) -> Tensor:
-        """The diagonal of Jᵀ M J, [x]."""
+    def _dense(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
-class MatrixMap(LinearMap):
-    """J = W, [z, x]. W belongs to a layer and is read, not copied.
-
-    A later change of W is noticed, unless it is made behind autograd's back, through
-    ``weight.data``.
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.out_size, self.in_size = matrix.shape
-        self._matrix = matrix.detach()
-        self._version: int | None = self._matrix._version
-
-    def __getstate__(self) -> dict[str, object]:
-        """A copy owns its matrix; the check for changes is made here."""
-        return {
-            **self.__dict__,
-            "_matrix": self._matrix.clone(),
-            "_version": None if self._is_stale else 0,
-        }
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """The copy's version counter starts anew, unless it was stale."""
-        self.__dict__.update(state)
-        if self._version is not None:
-            self._version = self._matrix._version
-
-    @property
-    def _is_stale(self) -> bool:
-        return self._matrix._version != self._version
-
-    @property
-    def matrix(self) -> Tensor:
-        """W, [z, x].
-
-        Raises:
-            RuntimeError: W has changed since the operator was made.
-        """
-        self.require_fresh()
-        return self._matrix
-
-    def require_fresh(self) -> None:
-        """Raise RuntimeError if W has changed since the operator was made."""
-        if self._is_stale:
-            raise RuntimeError(
-                f"A weight of shape {list(self._matrix.shape)} has changed since "
-                "backward_hessian(), so this curvature no longer belongs to the "
-                "model. Use it before optimizer.step(), or keep to_dense()."
-            )
-
-    def forward(self, columns: Tensor) -> Tensor:
-        return self.matrix @ columns
-
-    def transpose(self, columns: Tensor) -> Tensor:
-        return self.matrix.T @ columns
-
-    def congruence(self, matrix: Tensor) -> Tensor:
-        return self.matrix.T @ (matrix @ self.matrix)
-
-    def congruence_diagonal(self, operator: SymmetricOperator) -> Tensor:
-        return (self.matrix * (operator @ self.matrix)).sum(0)
-
-
-class DiagonalMap(LinearMap):
-    """J = diag(d), given d of shape [n]."""
+class DiagonalOperator(SymmetricOperator):
+    """diag(d), given d of shape [n]."""
 
     def __init__(self, diagonal: Tensor) -> None:
-        self.in_size = self.out_size = diagonal.shape[0]
-        self.diagonal = diagonal
-        self._column = diagonal.unsqueeze(1)
+        super().__init__(len(diagonal), diagonal.dtype, diagonal.device)
+        self._diagonal = diagonal
 
-    def forward(self, columns: Tensor) -> Tensor:
-        return self._column * columns
+    def _product(self, columns: Tensor) -> Tensor:
+        return self._diagonal.unsqueeze(1) * columns
 
-    def transpose(self, columns: Tensor) -> Tensor:
-        return self.forward(columns)
+    def _dense(self) -> Tensor:
+        return torch.diag(self._diagonal)
 
-    def congruence(self, matrix: Tensor) -> Tensor:
-        return torch.outer(self.diagonal, self.diagonal).mul_(matrix)
+    def diagonal(self) -> Tensor:
+        return self._diagonal
 
-    def congruence_diagonal(self, operator: SymmetricOperator) -> Tensor:
-        return self.diagonal.square() * operator.diagonal()
+
+class SampleBlocks(SymmetricOperator):
+    """One matrix per sample, as the blocks of a block-diagonal one.
+
+    Args:
+        blocks: [N, n, n], symmetric and finite. Only their shape is checked here.
+
+    Raises:
+        ValueError: ``blocks`` has another shape.
+    """
+
+    def __init__(self, blocks: Tensor) -> None:
+        if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2]:
+            raise ValueError(f"blocks must be [N, n, n], got {list(blocks.shape)}.")
+        super().__init__(blocks.shape[:2].numel(), blocks.dtype, blocks.device)
+        self.blocks = blocks
+
+    def _product(self, columns: Tensor) -> Tensor:
+        parts = columns.reshape(*self.blocks.shape[:2], -1)
+        return (self.blocks @ parts).flatten(0, 1)
+
+    def _dense(self) -> Tensor:
+        return torch.block_diag(*self.blocks)
+
+    def diagonal(self) -> Tensor:
+        return self.blocks.diagonal(dim1=1, dim2=2).flatten()
+
+    def eigvalsh(self) -> Tensor:
+        return torch.linalg.eigvalsh(self.blocks).flatten().sort().values
+
+
+class RepeatedOperator(SymmetricOperator):
+    """scale · H for every one of N samples: I_N ⊗ (scale · H).
+
+    Args:
+        outer: H, [n, n].
+        samples: N.
+        scale: A factor.
+    """
+
+    def __init__(self, outer: SymmetricOperator, samples: int, scale: float) -> None:
+        super().__init__(samples * outer.shape[0], outer.dtype, outer.device)
+        self.outer = outer
+        self.samples = samples
+        self.scale = scale
+
+    def _product(self, columns: Tensor) -> Tensor:
+        # [N, n, k] → [n, N·k]: samples become more right-hand sides.
+        parts = columns.reshape(self.samples, self.outer.shape[0], -1).transpose(0, 1)
+        product = self.outer._product(parts.flatten(1)).reshape(parts.shape)
+        return (product.transpose(0, 1) * self.scale).reshape(columns.shape)
+
+    def _dense(self) -> Tensor:
+        return torch.block_diag(*[self.outer.to_dense() * self.scale] * self.samples)
+
+    def diagonal(self) -> Tensor:
+        return (self.outer.diagonal() * self.scale).repeat(self.samples)
+
+    def require_fresh(self) -> None:
+        self.outer.require_fresh()
+
+
+class CrossTerms(SymmetricOperator):
+    """AᵀHB + BᵀHA, by which (A + B)ᵀH(A + B) exceeds AᵀHA + BᵀHB.
+
+    Args:
+        outer: H, [z, z].
+        first: A, [z, x].
+        second: B, [z, x].
+    """
+
+    def __init__(
+        self, outer: SymmetricOperator, first: LinearMap, second: LinearMap
+    ) -> None:
+        super().__init__(first.in_size, outer.dtype, outer.device)
+        self.outer, self.first, self.second = outer, first, second
+
+    def _product(self, columns: Tensor) -> Tensor:
+        both = torch.cat(
+            [self.first.forward(columns), self.second.forward(columns)], dim=1
+        )
+        of_first, of_second = self.outer._product(both).chunk(2, dim=1)
+        return self.second.transpose(of_first) + self.first.transpose(of_second)
+
+    def _dense(self) -> Tensor:
+        return self._product(
+            torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        )
+
+    def require_fresh(self) -> None:
+        self.outer.require_fresh()
+        self.first.require_fresh()
+        self.second.require_fresh()
+
+
+class OperatorSum(SymmetricOperator):
+    """A₁ + A₂ + … of operators of one size.
+
+    Args:
+        terms: At least one.
+    """
+
+    def __init__(self, terms: Sequence[SymmetricOperator]) -> None:
+        super().__init__(terms[0].shape[0], terms[0].dtype, terms[0].device)
+        self.terms = list(terms)
+
+    def _product(self, columns: Tensor) -> Tensor:
+        total = self.terms[0]._product(columns)
+        for term in self.terms[1:]:
+            total = total + term._product(columns)
+        return total
+
+    def _dense(self) -> Tensor:
+        return torch.stack([term.to_dense() for term in self.terms]).sum(0)
+
+    def diagonal(self) -> Tensor:
+        return torch.stack([term.diagonal() for term in self.terms]).sum(0)
+
+    def require_fresh(self) -> None:
+        for term in self.terms:
+            term.require_fresh()
 
 
 class Congruence(SymmetricOperator):
@@ -380,6 +439,8 @@ class Congruence(SymmetricOperator):
         return self._form()
 
     def _form(self) -> Tensor:
+        if not self._outer_is_small:
+            return _columns_of(self)
         matrix = self.jacobian.congruence(self.outer.to_dense_once())
         if self.second_order is not None:
             matrix.diagonal().add_(self.second_order)
@@ -396,13 +457,22 @@ class Congruence(SymmetricOperator):
         assert self.second_order is not None
         return self.second_order.unsqueeze(1)
 
+    @property
+    def _outer_is_small(self) -> bool:
+        """Whether forming H is cheap next to what it is for."""
+        return self.outer.shape[0] <= 4 * max(self.shape[0], DENSE_FEATURES)
+
     def _dense(self) -> Tensor:
         return self._matrix
 
     def _product(self, columns: Tensor) -> Tensor:
-        if self.shape[0] <= DENSE_FEATURES or "_matrix" in self.__dict__:
+        formed = "_matrix" in self.__dict__
+        if formed or (self.shape[0] <= DENSE_FEATURES and self._outer_is_small):
             self.require_fresh()
             return self._matrix @ columns
+        return self._by_factors(columns)
+
+    def _by_factors(self, columns: Tensor) -> Tensor:
         jacobian = self.jacobian
         result = jacobian.transpose(self.outer._product(jacobian.forward(columns)))
         if self.second_order is not None:
@@ -410,11 +480,9 @@ class Congruence(SymmetricOperator):
         return result
 
     def require_fresh(self) -> None:
-        """Raise RuntimeError if a weight of the chain has changed."""
-        if isinstance(self.jacobian, MatrixMap):
-            self.jacobian.require_fresh()
-        if isinstance(self.outer, Congruence):
-            self.outer.require_fresh()
+        """Raise RuntimeError if a tensor of the chain has changed."""
+        self.jacobian.require_fresh()
+        self.outer.require_fresh()
 
     def diagonal(self) -> Tensor:
         diagonal = self.jacobian.congruence_diagonal(self.outer)
@@ -751,6 +819,15 @@ class MatrixFree(SymmetricOperator):
         )
 
 
+def _columns_of(operator: Congruence) -> Tensor:
+    """The matrix by its products, a few columns at a time."""
+    size = operator.shape[0]
+    matrix = torch.eye(size, dtype=operator.dtype, device=operator.device)
+    for part in matrix.split(COLUMNS_AT_ONCE, dim=1):
+        part.copy_(operator._by_factors(part.clone()))
+    return matrix
+
+
 def _norm(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values)
 
@@ -765,6 +842,34 @@ def _remainder(b: Tensor, y: Tensor, basis: Tensor) -> Tensor:
 def _apply_inner(matrix: Tensor, stack: Tensor) -> Tensor:
     """Σ_i M_ji B_oik: [m, i] and [o, i, k] → [o, m, k], as one large product."""
     return (stack.transpose(1, 2) @ matrix.T).transpose(1, 2)
+
+
+def set_dense_limit(nbytes: int) -> int:
+    """Set how large a matrix may become before it stays an operator.
+
+    ``to_dense()`` refuses to form a larger one. Rules that would form a larger one on
+    their own, as the averaged product does, use products instead. 512 MiB at first:
+    11,585 features in float32.
+
+    Args:
+        nbytes: The bound in bytes, for one matrix; positive.
+
+    Returns:
+        The bound that held before.
+
+    Raises:
+        ValueError: ``nbytes`` is no positive number.
+    """
+    global _dense_limit
+    if not (isinstance(nbytes, Real) and nbytes > 0):
+        raise ValueError(f"nbytes={nbytes!r} must be a positive number of bytes.")
+    before, _dense_limit = _dense_limit, nbytes
+    return before
+
+
+def fits_dense(nbytes: int) -> bool:
+    """Whether an array of ``nbytes`` is within the limit of ``set_dense_limit``."""
+    return nbytes <= _dense_limit
 
 
 def attach_hessian(parameter: Tensor, operator: SymmetricOperator | None) -> None:

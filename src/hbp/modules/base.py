@@ -2,12 +2,18 @@
 
 A layer computes ``z = f(x, θ)``. Its Hessian pass receives the curvature H_z w.r.t.
 its output as an operator, leaves ``p.hessian`` on each of its parameters, and hands
-the curvature H_x w.r.t. its input to the module below. Vectors at a layer's input
-or output are one sample's features, flattened: the batch has been averaged away.
+the curvature H_x w.r.t. its input to the module below.
+
+A layer's rules are its Jacobian ∂z/∂x, the diagonal of its second-order term, and
+∂z/∂θ. A pass reads them in one of two ways. *Averaged*, the batch is one virtual
+sample: Jacobians are averaged, second-order terms summed, and vectors at a layer's
+input or output are one sample's features. *Exact*, nothing is averaged: vectors are
+the features of all samples, one after the other. The rules are the same.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable
@@ -16,8 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.curvature import Treatment, second_order_treatment
-from hbp.operators import DenseOperator, SymmetricOperator, attach_hessian
+from hbp.curvature import Treatment, is_nonnegative, second_order_treatment
+from hbp.maps import ChainMap, LinearMap, ReplicateMap
+from hbp.operators import (
+    Congruence,
+    DenseOperator,
+    DiagonalOperator,
+    RepeatedOperator,
+    SampleBlocks,
+    SymmetricOperator,
+    ZeroOperator,
+    attach_hessian,
+)
 
 
 class HessianPass:
@@ -25,16 +41,66 @@ class HessianPass:
 
     Args:
         treatment: How second-order terms are modified.
+        batch: N for exact curvature of N samples, ``None`` for averaged curvature.
 
     Attributes:
         treatment: The same.
+        batch: The same.
         blocks: Parameters and the curvature that will be left on them.
     """
 
-    def __init__(self, treatment: Treatment) -> None:
+    def __init__(self, treatment: Treatment, batch: int | None = None) -> None:
         self.treatment = treatment
+        self.batch = batch
         self.blocks: list[tuple[Tensor, SymmetricOperator]] = []
         self._statistics: list[tuple[Tensor, str, nn.Module]] = []
+        self._latest: tuple[nn.Module, Tensor] | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is averaged."""
+        return self.batch is not None
+
+    @property
+    def samples(self) -> int:
+        """How many samples a vector holds: N, or the one virtual sample."""
+        return self.batch or 1
+
+    def exactly(self, batch: int) -> HessianPass:
+        """This pass, with the rules of the next layer read without averaging."""
+        twin = copy.copy(self)
+        twin.batch = batch
+        return twin
+
+    def without_blocks(self) -> HessianPass:
+        """This pass, for a detour that leaves nothing on the parameters."""
+        twin = copy.copy(self)
+        twin.blocks = []
+        return twin
+
+    def once(self, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, if it is not what ``module`` asked for just before.
+
+        Two rules of a layer can share an array of the batch's size, and it is gone
+        as soon as the next layer asks.
+        """
+        if self._latest is None or self._latest[0] is not module:
+            self._latest = module, compute()
+        return self._latest[1]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """A first derivative as the pass reads it.
+
+        [N, ...] → [features] averaged, [N · features] exact.
+        """
+        return values.flatten() if self.is_exact else mean_over_batch(values)
+
+    def total(self, values: Tensor) -> Tensor:
+        """A second-order term as the pass reads it.
+
+        [N, ...] → [features] summed, [N · features] exact.
+        """
+        return values.flatten() if self.is_exact else sum_over_batch(values.flatten(1))
 
     def finite(self, statistic: Tensor, what: str, module: nn.Module) -> Tensor:
         """Return ``statistic``; ``finish`` will check it."""
@@ -126,6 +192,11 @@ class Record:
             successor.accumulated = True
 
     @property
+    def keeps(self) -> bool:
+        """Whether there is something kept."""
+        return hasattr(self, "_kept")
+
+    @property
     def kept(self) -> Tensor:
         """x or z, [N, ...], as the layer chose.
 
@@ -147,7 +218,9 @@ class HBPModule(nn.Module):
 
     A layer inherits from this class first and from its ``torch.nn`` counterpart
     second. It gives a ``forward`` that ends in ``self.record(...)``, the rule
-    ``_input_hessian`` and, if it has parameters, ``_parameter_hessians``.
+    ``_jacobian`` and, where they apply, ``_second_order`` and ``_parameter_jacobians``.
+    ``_input_hessian`` and ``_parameter_hessians`` follow from them; a layer overrides
+    these only to be faster.
 
     Nothing else of the ``torch.nn`` counterpart changes. The record is no buffer,
     is in no ``state_dict``, and is left out of copies and pickles.
@@ -250,8 +323,10 @@ class HBPModule(nn.Module):
         that pass, say with another treatment.
 
         Args:
-            output_hessian: H_z, the curvature w.r.t. the output, [features,
-                features], summed over the batch as by ``batch_summed_hessian``.
+            output_hessian: H_z, the curvature w.r.t. the output: [features,
+                features], summed over the batch as by ``batch_summed_hessian``, for
+                averaged curvature; or [N, features, features], one matrix for each
+                sample as by ``per_sample_hessian``, for exact products.
             compute_input_hessian: Whether to return the curvature w.r.t. the input.
             modify_2nd_order_terms: ``None`` or ``"none"`` (Hessian), ``"zero"``
                 (generalized Gauss-Newton), ``"abs"`` or ``"clip"``
@@ -259,7 +334,7 @@ class HBPModule(nn.Module):
 
         Returns:
             H_x, an operator of shape [features, features] over the flattened input
-            features, or ``None``.
+            features (exact: [N · features, N · features]), or ``None``.
 
         Raises:
             ValueError: ``output_hessian`` has the wrong shape, dtype or device, is
@@ -268,8 +343,10 @@ class HBPModule(nn.Module):
                 gradients were accumulated over several passes.
             ArithmeticError: what was recorded contains NaN or infinity.
         """
-        hessian_pass = HessianPass(second_order_treatment(modify_2nd_order_terms))
+        treatment = second_order_treatment(modify_2nd_order_terms)
         operator = as_operator(output_hessian)
+        batch = len(operator.blocks) if isinstance(operator, SampleBlocks) else None
+        hessian_pass = HessianPass(treatment, batch)
         with torch.no_grad():
             input_hessian = self._send_back(
                 operator, hessian_pass, compute_input_hessian
@@ -285,7 +362,7 @@ class HBPModule(nn.Module):
     ) -> SymmetricOperator | None:
         """H_x, if asked for; the pass collects the parameters' blocks."""
         self._check_pass()
-        self._check_hessian(output_hessian)
+        self._check_hessian(output_hessian, hessian_pass)
         self._parameter_hessians(output_hessian, hessian_pass)
         if not compute_input_hessian:
             return None
@@ -294,13 +371,59 @@ class HBPModule(nn.Module):
     def _input_hessian(
         self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> SymmetricOperator:
-        """The rule for H_x; every layer has one."""
-        raise TypeError(f"{type(self).__name__} defines no rule _input_hessian.")
+        """H_x = JᵀH_z J + mod(Σ_k ∇²z_k δ_k), with the scheme's mean of JᵀH_z J."""
+        second_order = self._second_order(hessian_pass)
+        outer, jacobian = output_hessian, self._jacobian
+        if isinstance(outer, ZeroOperator):
+            return self._second_order_alone(outer, second_order, hessian_pass)
+        positive = is_nonnegative(hessian_pass.treatment)
+        if hessian_pass.is_exact or getattr(self, "average_input_jacobian", True):
+            return Congruence(outer, jacobian(hessian_pass), second_order, positive)
+        # E[JᵀHJ]: every sample gets 1/N of H, and its own J.
+        count = self.last_record.input_shape[0]
+        each = jacobian(hessian_pass.exactly(count))
+        repeated = RepeatedOperator(outer, count, 1 / count)
+        spread = ReplicateMap(count, each.in_size // count)
+        chain = ChainMap([spread, each], spread.in_size)
+        return Congruence(repeated, chain, second_order, positive)
+
+    def _second_order_alone(
+        self, zero: ZeroOperator, diagonal: Tensor | None, hessian_pass: HessianPass
+    ) -> SymmetricOperator:
+        if diagonal is not None:
+            return DiagonalOperator(diagonal)
+        features = self.last_record.input_shape[1:].numel()
+        return ZeroOperator(features * hessian_pass.samples, zero.dtype, zero.device)
+
+    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        """J = ∂z/∂x as the pass reads it; every layer has one."""
+        raise TypeError(f"{type(self).__name__} defines no rule _jacobian.")
+
+    def _second_order(self, hessian_pass: HessianPass) -> Tensor | None:
+        """The diagonal of mod(Σ_k ∇²z_k δ_k) as the pass reads it; None for 0."""
+        return None
 
     def _parameter_hessians(
         self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> None:
-        """The rule for H_θ, for the parameters that require a gradient."""
+        """H_θ = JᵀH_z J, or E[JᵀH_z J], for the parameters that require a gradient."""
+        averages = hessian_pass.is_exact or getattr(
+            self, "average_parameter_jacobian", True
+        )
+        if not averages:  # Every sample gets 1/N of H, and its own J.
+            count = self.last_record.input_shape[0]
+            output_hessian = RepeatedOperator(output_hessian, count, 1 / count)
+            hessian_pass = hessian_pass.exactly(count)
+        for parameter, jacobian in self._parameter_jacobians(hessian_pass):
+            if parameter.requires_grad:
+                block = Congruence(output_hessian, jacobian)
+                hessian_pass.blocks.append((parameter, block))
+
+    def _parameter_jacobians(
+        self, hessian_pass: HessianPass
+    ) -> Iterable[tuple[Tensor, LinearMap]]:
+        """θ and J = ∂z/∂θ as the pass reads it; z is linear in each θ."""
+        return ()
 
     @property
     def last_record(self) -> Record:
@@ -339,10 +462,19 @@ class HBPModule(nn.Module):
                 "loss.backward(); for a larger batch, use one forward pass."
             )
 
-    def _check_hessian(self, hessian: SymmetricOperator) -> None:
+    def _check_hessian(
+        self, hessian: SymmetricOperator, hessian_pass: HessianPass
+    ) -> None:
         """Raise unless ``hessian`` fits the recorded output."""
         record = self.last_record
-        features = record.output_shape[1:].numel()
+        count, features = record.output_shape[0], record.output_shape[1:].numel()
+        if hessian_pass.is_exact and hessian_pass.batch != count:
+            raise ValueError(
+                f"output_hessian has matrices for {hessian_pass.batch} samples, but "
+                f"{count} went through {self}. Use per_sample_hessian(loss, outputs) "
+                "of the latest forward pass."
+            )
+        features *= hessian_pass.samples
         if hessian.shape[0] != features:
             raise ValueError(
                 f"output_hessian has shape {list(hessian.shape)}, but {self} has "
@@ -354,6 +486,11 @@ class HBPModule(nn.Module):
                 f"output_hessian is {hessian.dtype} on {hessian.device}, but the "
                 f"output of {self} is {dtype} on {device}. Convert it with .to(...)."
             )
+
+
+def mean_over_batch(values: Tensor) -> Tensor:
+    """E_n of values, [N, ...] → [features]."""
+    return sum_over_batch(values.flatten(1)) / len(values)
 
 
 def sum_over_batch(values: Tensor) -> Tensor:
@@ -377,7 +514,7 @@ def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
 
     Raises:
         TypeError: it is neither a tensor nor an operator.
-        ValueError: the matrix is not square, symmetric and finite.
+        ValueError: a matrix is not square, symmetric and finite.
     """
     if isinstance(hessian, SymmetricOperator):
         return hessian
@@ -391,12 +528,15 @@ def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
         raise ValueError(
             f"output_hessian is {matrix.dtype}; it must be of the outputs' dtype."
         )
-    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+    if matrix.dim() not in (2, 3) or matrix.shape[-2] != matrix.shape[-1]:
         raise ValueError(
-            f"output_hessian has shape {list(matrix.shape)}; it must be [C, C] for C "
-            "output features, as from batch_summed_hessian(loss, outputs)."
+            f"output_hessian has shape {list(matrix.shape)}; for C output features it "
+            "must be [C, C], as from batch_summed_hessian(loss, outputs), or "
+            "[N, C, C], as from per_sample_hessian(loss, outputs)."
         )
-    sizes = torch.stack([matrix.abs().max(), (matrix - matrix.T).abs().max()])
+    if matrix.numel() == 0:
+        raise ValueError(f"output_hessian of shape {list(matrix.shape)} is empty.")
+    sizes = torch.stack([matrix.abs().max(), (matrix - matrix.mT).abs().max()])
     largest, asymmetry = sizes.tolist()
     if not math.isfinite(largest):
         raise ValueError(
@@ -405,4 +545,4 @@ def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
     # Autograd's round-off is a few eps; a wrong matrix is off by far more.
     if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * largest:
         raise ValueError("output_hessian is not symmetric.")
-    return DenseOperator(matrix)
+    return DenseOperator(matrix) if matrix.dim() == 2 else SampleBlocks(matrix)

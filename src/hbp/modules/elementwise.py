@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hbp.curvature import is_nonnegative
-from hbp.modules.base import HBPModule, HessianPass, sum_over_batch
-from hbp.operators import Congruence, DenseOperator, DiagonalMap, SymmetricOperator
+from hbp.maps import DiagonalMap, LinearMap
+from hbp.modules.base import HBPModule, HessianPass
+from hbp.operators import DenseOperator, SymmetricOperator
 
 Function = Callable[[Tensor], Tensor]
 
@@ -39,9 +39,13 @@ class ElementwiseRule(HBPModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """z = φ(x), [N, ...] → [N, ...]."""
+        # An in-place layer overwrites x, which its derivatives may need.
+        overwrites = (
+            getattr(self, "inplace", False) and not self.derivatives_from_output
+        )
+        x = input.detach().clone() if overwrites else input
         output = super().forward(input)
-        keep = output if self.derivatives_from_output else input
-        return self.record(input, output, keep)
+        return self.record(input, output, output if self.derivatives_from_output else x)
 
     def first_derivative(self, values: Tensor) -> Tensor:
         """φ' of every entry, [N, ...]; values are x, or z, see above."""
@@ -55,33 +59,41 @@ class ElementwiseRule(HBPModule):
     def _differentiate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Features do not mix, so the gradient of the sum is the derivative at each.
         x = x.detach().requires_grad_()
-        first = _gradient_of_sum(super().forward(x), x)
+        values = super().forward(x.clone() if getattr(self, "inplace", False) else x)
+        first = _gradient_of_sum(values, x)
         return first.detach(), _gradient_of_sum(first, x).detach()
 
     def _input_hessian(
         self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> SymmetricOperator:
-        first = self.first_derivative(self.last_record.kept)
-        slopes = first.flatten(1)
-        second_order = self._second_order(first, hessian_pass)
-        if self.average_input_jacobian:
-            mean = sum_over_batch(slopes) / len(slopes)
-            hessian_pass.finite(mean, "mean derivative", self)
-            positive = is_nonnegative(hessian_pass.treatment)
-            return Congruence(output_hessian, DiagonalMap(mean), second_order, positive)
+        """The general rule; a formula for the averaged product, if it fits."""
+        averages = hessian_pass.is_exact or self.average_input_jacobian
+        if averages or not output_hessian.fits:
+            return super()._input_hessian(output_hessian, hessian_pass)
+        slopes = self._slopes(hessian_pass).flatten(1)
         products = slopes.T @ slopes / len(slopes)
         hessian_pass.finite(products, "derivative", self)
         matrix = products.mul_(output_hessian.to_dense())
+        second_order = self._second_order(hessian_pass)
         if second_order is not None:
             matrix.diagonal().add_(second_order)
         return DenseOperator(matrix)
 
-    def _second_order(self, first: Tensor, hessian_pass: HessianPass) -> Tensor | None:
-        """mod(Σ_n φ''(x_n) ⊙ δ_n), [features], or None where it is zero."""
+    def _slopes(self, hessian_pass: HessianPass) -> Tensor:
+        """φ' of every entry, [N, ...]."""
+        kept = self.last_record.kept
+        return hessian_pass.once(self, lambda: self.first_derivative(kept))
+
+    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        mean = hessian_pass.mean(self._slopes(hessian_pass))
+        return DiagonalMap(hessian_pass.finite(mean, "mean derivative", self))
+
+    def _second_order(self, hessian_pass: HessianPass) -> Tensor | None:
+        """mod(φ''(x_n) ⊙ δ_n), summed over the batch before or as it is."""
         if hessian_pass.treatment is None:
             return None
         record = self.last_record
-        second = self.second_derivative(record.kept, first)
+        second = self.second_derivative(record.kept, self._slopes(hessian_pass))
         if second is None:
             return None
         if record.output_gradient is None:
@@ -90,7 +102,7 @@ class ElementwiseRule(HBPModule):
                 "output, but nothing before it requires one. Call "
                 "inputs.requires_grad_() before the forward pass, or choose 'zero'."
             )
-        total = sum_over_batch((second * record.output_gradient).flatten(1))
+        total = hessian_pass.total(second * record.output_gradient)
         hessian_pass.finite(total, "second-order term", self)
         return hessian_pass.treatment(total)
 
@@ -153,6 +165,96 @@ class HBPReLU(ElementwiseRule, nn.ReLU):
     def second_derivative(self, z: Tensor, first: Tensor) -> None:
         """φ'' = 0."""
         return
+
+
+class HBPLeakyReLU(ElementwiseRule, nn.LeakyReLU):
+    """``torch.nn.LeakyReLU`` that sends curvature backward."""
+
+
+class HBPELU(ElementwiseRule, nn.ELU):
+    """``torch.nn.ELU`` that sends curvature backward."""
+
+
+class HBPSELU(ElementwiseRule, nn.SELU):
+    """``torch.nn.SELU`` that sends curvature backward."""
+
+
+class HBPCELU(ElementwiseRule, nn.CELU):
+    """``torch.nn.CELU`` that sends curvature backward."""
+
+
+class HBPGELU(ElementwiseRule, nn.GELU):
+    """``torch.nn.GELU`` that sends curvature backward."""
+
+
+class HBPSiLU(ElementwiseRule, nn.SiLU):
+    """``torch.nn.SiLU`` that sends curvature backward."""
+
+
+class HBPMish(ElementwiseRule, nn.Mish):
+    """``torch.nn.Mish`` that sends curvature backward."""
+
+
+class HBPSoftplus(ElementwiseRule, nn.Softplus):
+    """``torch.nn.Softplus`` that sends curvature backward."""
+
+
+class HBPSoftsign(ElementwiseRule, nn.Softsign):
+    """``torch.nn.Softsign`` that sends curvature backward."""
+
+
+class HBPLogSigmoid(ElementwiseRule, nn.LogSigmoid):
+    """``torch.nn.LogSigmoid`` that sends curvature backward."""
+
+
+class HBPHardtanh(ElementwiseRule, nn.Hardtanh):
+    """``torch.nn.Hardtanh`` that sends curvature backward."""
+
+
+class HBPReLU6(ElementwiseRule, nn.ReLU6):
+    """``torch.nn.ReLU6`` that sends curvature backward."""
+
+
+class HBPHardswish(ElementwiseRule, nn.Hardswish):
+    """``torch.nn.Hardswish`` that sends curvature backward."""
+
+
+class DropoutRule(ElementwiseRule):
+    """z = m ⊙ x for a random mask m, the one that was drawn.
+
+    φ' = m and φ'' = 0. Averaged, E[m] is the mean of the samples' masks.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """z = m ⊙ x, [N, ...] → [N, ...]."""
+        with torch.no_grad():  # The very mask that torch's layer would draw.
+            mask = super(ElementwiseRule, self).forward(torch.ones_like(input))
+        output = input.mul_(mask) if self.inplace else input * mask
+        return self.record(input, output, keep=mask, with_gradient=False)
+
+    def first_derivative(self, mask: Tensor) -> Tensor:
+        """φ' = m."""
+        return mask
+
+    def second_derivative(self, mask: Tensor, first: Tensor) -> None:
+        """φ'' = 0."""
+        return
+
+
+class HBPDropout(DropoutRule, nn.Dropout):
+    """``torch.nn.Dropout`` that sends curvature backward."""
+
+
+class HBPDropout1d(DropoutRule, nn.Dropout1d):
+    """``torch.nn.Dropout1d`` that sends curvature backward."""
+
+
+class HBPDropout2d(DropoutRule, nn.Dropout2d):
+    """``torch.nn.Dropout2d`` that sends curvature backward."""
+
+
+class HBPDropout3d(DropoutRule, nn.Dropout3d):
+    """``torch.nn.Dropout3d`` that sends curvature backward."""
 
 
 class _Function(nn.Module):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
-from hbp.modules.base import HBPModule, HessianPass, sum_over_batch
-from hbp.operators import Congruence, KroneckerBlock, MatrixMap, SymmetricOperator
+from hbp.maps import BiasMap, DenseSampleMap, LinearMap, LinearWeightMap, MatrixMap
+from hbp.modules.base import HBPModule, HessianPass, mean_over_batch
+from hbp.operators import KroneckerBlock, SymmetricOperator
 
 
 class HBPLinear(HBPModule, nn.Linear):
@@ -19,6 +22,7 @@ class HBPLinear(HBPModule, nn.Linear):
     z is linear in x and in (W, b), so there is no second-order term. Over a batch,
     the weight block is H̄ ⊗ x̄x̄ᵀ, or with ``average_parameter_jacobian=False``
     H̄ ⊗ E[xxᵀ], see ``set_hbp_approximation``. H_x and H_b are the same in both.
+    Exact products sum H_z ⊗ x xᵀ over the samples.
 
     Arguments are those of ``torch.nn.Linear``. The Hessian pass takes inputs of
     shape [N, in_features].
@@ -30,14 +34,26 @@ class HBPLinear(HBPModule, nn.Linear):
         """z = Wx + b, [N, in_features] → [N, out_features]."""
         return self.record(input, super().forward(input), keep=input)
 
-    def _input_hessian(
-        self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
-    ) -> SymmetricOperator:
-        return Congruence(output_hessian, MatrixMap(self.weight))
+    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        if hessian_pass.is_exact:
+            return DenseSampleMap(self.weight, hessian_pass.samples)
+        return MatrixMap(self.weight)
+
+    def _parameter_jacobians(
+        self, hessian_pass: HessianPass
+    ) -> Iterable[tuple[Tensor, LinearMap]]:
+        x = hessian_pass.finite(self.last_record.kept, "input", self)
+        yield self.weight, LinearWeightMap(x, self.out_features)
+        if self.bias is not None:
+            yield self.bias, BiasMap(hessian_pass.samples, self.out_features, 1)
 
     def _parameter_hessians(
         self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> None:
+        """Averaged curvature has the structure of a Kronecker product."""
+        if hessian_pass.is_exact:
+            super()._parameter_hessians(output_hessian, hessian_pass)
+            return
         if self.weight.requires_grad:
             rows = hessian_pass.finite(self._input_rows(), "input", self)
             block = KroneckerBlock(output_hessian, rows)
@@ -49,7 +65,7 @@ class HBPLinear(HBPModule, nn.Linear):
         """F with FᵀF = x̄x̄ᵀ, [1, in], or FᵀF = E[xxᵀ], [N, in]."""
         x = self.last_record.kept
         if self.average_parameter_jacobian:
-            return (sum_over_batch(x) / len(x)).unsqueeze(0)
+            return mean_over_batch(x).unsqueeze(0)
         return x / len(x) ** 0.5
 
     def _check_pass(self) -> None:

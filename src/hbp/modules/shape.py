@@ -1,27 +1,72 @@
-"""Layers that move features without changing them."""
+"""Layers that are linear in x and have no parameters: they move features or mix them.
+
+z = Πx, so H_x = Πᵀ H_z Π, and there is no second-order term.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hbp.maps import FunctionMap, LinearMap
 from hbp.modules.base import HBPModule, HessianPass
 from hbp.operators import SymmetricOperator
 
 
-class HBPFlatten(HBPModule, nn.Flatten):
-    """``torch.nn.Flatten`` that sends curvature backward.
+class LinearRule(HBPModule):
+    """z = Πx with one linear function Π for each sample, whatever its values.
 
-    Rule: z = Πx with Π the identity on flattened features, so H_x = Πᵀ H_z Π = H_z.
-    The batch dimension must stay, as with the default ``start_dim=1``.
+    A subclass puts this class before the ``torch.nn`` layer that computes Π, and is
+    done: automatic differentiation finds Πᵀ.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """z, [N, ...] → [N, features]."""
-        return self.record(
-            input, super().forward(input), keep=None, with_gradient=False
-        )
+        """z = Πx, [N, ...] → [N, ...]."""
+        output = super().forward(input)
+        return self.record(input, output, keep=None, with_gradient=False)
+
+    def _map(self, batch: Tensor) -> Tensor:
+        return super().forward(batch)
+
+    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        record = self.last_record
+        shapes = record.input_shape[1:], record.output_shape[1:]
+        return FunctionMap(self._map, hessian_pass.samples, *shapes)
+
+
+class _Rearrangement(LinearRule):
+    """Π is the identity on flattened features."""
 
     def _input_hessian(
         self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> SymmetricOperator:
         return output_hessian
+
+
+class HBPFlatten(_Rearrangement, nn.Flatten):
+    """``torch.nn.Flatten`` that sends curvature backward.
+
+    The batch dimension must stay, as with the default ``start_dim=1``.
+    """
+
+
+class HBPUnflatten(_Rearrangement, nn.Unflatten):
+    """``torch.nn.Unflatten`` that sends curvature backward.
+
+    The batch dimension must stay as it is.
+    """
+
+
+class HBPIdentity(_Rearrangement, nn.Identity):
+    """``torch.nn.Identity`` that sends curvature backward."""
+
+
+class HBPZeroPad1d(LinearRule, nn.ZeroPad1d):
+    """``torch.nn.ZeroPad1d`` that sends curvature backward."""
+
+
+class HBPZeroPad2d(LinearRule, nn.ZeroPad2d):
+    """``torch.nn.ZeroPad2d`` that sends curvature backward."""
+
+
+class HBPZeroPad3d(LinearRule, nn.ZeroPad3d):
+    """``torch.nn.ZeroPad3d`` that sends curvature backward."""

@@ -1,0 +1,225 @@
+"""Every layer against automatic differentiation: all treatments, all readings.
+
+``hbp.reference`` knows nothing of the layers' rules: it differentiates the layer's
+``forward``, sample by sample, and writes every matrix down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import SCHEMES, TREATMENTS, close, randn
+from torch import Tensor, nn
+
+import hbp
+from hbp import reference
+
+LOSS = nn.CrossEntropyLoss()
+
+Case = tuple[Callable[[], hbp.HBPModule], tuple[int, ...]]
+
+IMAGE = (3, 2, 5, 4)
+
+LAYERS: dict[str, Case] = {
+    "linear": (lambda: hbp.HBPLinear(5, 4), (3, 5)),
+    "conv1d": (lambda: hbp.HBPConv1d(2, 3, 3, stride=2, padding=1), (3, 2, 7)),
+    "conv2d": (lambda: hbp.HBPConv2d(2, 3, (3, 2)), IMAGE),
+    "conv2d no bias": (lambda: hbp.HBPConv2d(2, 3, 2, bias=False), IMAGE),
+    "conv2d same": (lambda: hbp.HBPConv2d(2, 2, (2, 3), padding="same"), IMAGE),
+    "conv2d strides": (
+        lambda: hbp.HBPConv2d(2, 2, 2, stride=(2, 1), padding=(1, 2), dilation=(2, 1)),
+        IMAGE,
+    ),
+    "conv2d groups": (lambda: hbp.HBPConv2d(2, 4, 2, groups=2), IMAGE),
+    "conv2d depthwise": (lambda: hbp.HBPConv2d(2, 2, 3, groups=2, padding=1), IMAGE),
+    "conv2d circular": (
+        lambda: hbp.HBPConv2d(2, 2, 3, padding=1, padding_mode="circular"),
+        IMAGE,
+    ),
+    "conv2d reflect": (
+        lambda: hbp.HBPConv2d(2, 2, 3, padding="same", padding_mode="reflect"),
+        IMAGE,
+    ),
+    "conv3d": (lambda: hbp.HBPConv3d(1, 2, 2, padding=1), (2, 1, 2, 3, 2)),
+    "transposed 1d": (lambda: hbp.HBPConvTranspose1d(2, 3, 2, stride=2), (3, 2, 4)),
+    "transposed 2d": (
+        lambda: hbp.HBPConvTranspose2d(
+            2, 2, 3, stride=2, padding=1, output_padding=1, groups=2
+        ),
+        (2, 2, 3, 2),
+    ),
+    "transposed 3d": (
+        lambda: hbp.HBPConvTranspose3d(1, 2, 2, dilation=1, bias=False),
+        (2, 1, 2, 2, 2),
+    ),
+    "max 1d": (lambda: hbp.HBPMaxPool1d(2), (3, 2, 7)),
+    "max 2d": (lambda: hbp.HBPMaxPool2d(2), IMAGE),
+    "max 2d overlapping": (lambda: hbp.HBPMaxPool2d(3, 1, 1), IMAGE),
+    "max 2d dilated": (lambda: hbp.HBPMaxPool2d((2, 1), (1, 2), dilation=2), IMAGE),
+    "max 2d ceil": (lambda: hbp.HBPMaxPool2d(3, 2, 1, ceil_mode=True), (2, 2, 6, 4)),
+    "max 3d": (lambda: hbp.HBPMaxPool3d(2, padding=1), (2, 1, 2, 3, 3)),
+    "average 1d": (lambda: hbp.HBPAvgPool1d(2), (3, 2, 6)),
+    "average 2d": (lambda: hbp.HBPAvgPool2d(3, 2, 1, count_include_pad=False), IMAGE),
+    "average 3d": (lambda: hbp.HBPAvgPool3d(2), (2, 1, 2, 4, 3)),
+    "adaptive 1d": (lambda: hbp.HBPAdaptiveAvgPool1d(3), (2, 2, 5)),
+    "adaptive 2d": (lambda: hbp.HBPAdaptiveAvgPool2d((2, 1)), IMAGE),
+    "adaptive 3d": (lambda: hbp.HBPAdaptiveAvgPool3d(1), (2, 2, 2, 3, 2)),
+    "pad 1d": (lambda: hbp.HBPZeroPad1d((1, 2)), (2, 2, 3)),
+    "pad 2d": (lambda: hbp.HBPZeroPad2d((1, 0, -1, 2)), IMAGE),
+    "pad 3d": (lambda: hbp.HBPZeroPad3d(1), (2, 1, 1, 2, 1)),
+    "flatten": (lambda: hbp.HBPFlatten(), IMAGE),
+    "unflatten": (lambda: hbp.HBPUnflatten(1, (2, 3)), (3, 6)),
+    "identity": (lambda: hbp.HBPIdentity(), (3, 4)),
+    "dropout eval": (lambda: hbp.HBPDropout().eval(), (3, 4)),
+    "batch norm 1d": (lambda: norm(hbp.HBPBatchNorm1d(4)), (3, 4)),
+    "batch norm 1d positions": (lambda: norm(hbp.HBPBatchNorm1d(2)), (3, 2, 4)),
+    "batch norm 2d": (lambda: norm(hbp.HBPBatchNorm2d(2)), IMAGE),
+    "batch norm 3d": (
+        lambda: norm(hbp.HBPBatchNorm3d(2, affine=False)),
+        (2, 2, 1, 2, 2),
+    ),
+    "layer norm": (lambda: scaled(hbp.HBPLayerNorm(5)), (3, 5)),
+    "layer norm groups": (lambda: scaled(hbp.HBPLayerNorm((2, 2))), (3, 3, 2, 2)),
+    "layer norm plain": (
+        lambda: hbp.HBPLayerNorm(4, elementwise_affine=False),
+        (3, 2, 4),
+    ),
+    "residual": (lambda: hbp.HBPResidual(hbp.HBPLinear(4, 4)), (3, 4)),
+    "residual shortcut": (
+        lambda: hbp.HBPResidual(
+            hbp.HBPConv2d(2, 3, 3, padding=1), hbp.HBPConv2d(2, 3, 1)
+        ),
+        IMAGE,
+    ),
+    "residual empty": (lambda: hbp.HBPResidual(hbp.HBPSequential()), (3, 4)),
+    **{
+        kind.__name__: (kind, (3, 5))
+        for kind in [
+            hbp.HBPSigmoid,
+            hbp.HBPTanh,
+            hbp.HBPReLU,
+            hbp.HBPLeakyReLU,
+            hbp.HBPELU,
+            hbp.HBPSELU,
+            hbp.HBPCELU,
+            hbp.HBPGELU,
+            hbp.HBPSiLU,
+            hbp.HBPMish,
+            hbp.HBPSoftplus,
+            hbp.HBPSoftsign,
+            hbp.HBPLogSigmoid,
+            hbp.HBPHardtanh,
+            hbp.HBPReLU6,
+            hbp.HBPHardswish,
+        ]
+    },
+}
+
+
+def norm(layer: nn.Module) -> hbp.HBPModule:
+    """A batch norm with statistics and parameters of no special value, in eval mode."""
+    assert isinstance(layer.running_mean, Tensor)
+    assert isinstance(layer.running_var, Tensor)
+    layer.running_mean.normal_()
+    layer.running_var.uniform_(0.5, 2)
+    return scaled(layer).eval()
+
+
+def scaled(layer: nn.Module) -> hbp.HBPModule:
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    assert isinstance(layer, hbp.HBPModule)
+    return layer
+
+
+def between(layer: hbp.HBPModule, shape: tuple[int, ...]) -> hbp.HBPSequential:
+    """The layer below and above nonlinear ones, so that all its rules matter."""
+    with torch.no_grad():
+        after = layer.double()(torch.zeros(shape, dtype=torch.float64))
+    features = after[0].numel()
+    return hbp.HBPSequential(
+        hbp.HBPTanh(),
+        layer,
+        hbp.HBPSigmoid(),
+        hbp.HBPFlatten(),
+        hbp.HBPLinear(features, 3),
+    ).double()
+
+
+def batch(model: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return 2 * randn(*shape), torch.arange(shape[0]) % 3
+
+
+def run(model: hbp.HBPModule, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """One forward and backward pass; outputs and the loss's Hessians, [N, C, C]."""
+    inputs.requires_grad_()
+    outputs = model(inputs)
+    loss = LOSS(outputs, labels)
+    model.zero_grad()
+    hessians = hbp.per_sample_hessian(loss, outputs)
+    loss.backward()
+    return outputs, hessians
+
+
+@pytest.fixture(params=LAYERS, ids=str)
+def case(
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[hbp.HBPModule, Tensor, Tensor]]:
+    make, shape = LAYERS[request.param]
+    torch.manual_seed(0)
+    model = between(make(), shape)
+    yield model, *batch(model, shape)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS[1:])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_averaged(
+    case: tuple[hbp.HBPModule, Tensor, Tensor],
+    scheme: tuple[bool, bool],
+    treatment: str,
+) -> None:
+    model, inputs, labels = case
+    model.set_hbp_approximation(*scheme)
+    _, hessians = run(model, inputs, labels)
+    H = model.backward_hessian(hessians.sum(0), True, treatment)
+    expected = unmerged(model, inputs, labels, treatment, scheme)
+    assert H is not None
+    close(H.to_dense(), expected.input)
+    for name, parameter in model.named_parameters():
+        close(parameter.hessian.to_dense(), expected.parameters[name])
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS[1:])
+def test_exact(case: tuple[hbp.HBPModule, Tensor, Tensor], treatment: str) -> None:
+    model, inputs, labels = case
+    _, hessians = run(model, inputs, labels)
+    H = model.backward_hessian(hessians, True, treatment)
+    expected = unmerged(model, inputs, labels, treatment, None)
+    assert H is not None
+    count, features = len(inputs), inputs[0].numel()
+    assert H.shape == (count * features, count * features)
+    blocks = H.to_dense().reshape(count, features, count, features)
+    close(blocks.diagonal(dim1=0, dim2=2).sum(2), expected.input)
+    off = blocks.clone()
+    off.diagonal(dim1=0, dim2=2).zero_()
+    assert float(off.abs().max()) == 0
+    for name, parameter in model.named_parameters():
+        close(parameter.hessian.to_dense(), expected.parameters[name])
+        vectors = randn(parameter.numel(), 3)
+        close(parameter.hessian @ vectors, expected.parameters[name] @ vectors)
+
+
+def unmerged(
+    model: hbp.HBPModule,
+    inputs: Tensor,
+    labels: Tensor,
+    treatment: str,
+    scheme: tuple[bool, bool] | None,
+) -> reference.Curvature:
+    data = inputs.detach(), labels
+    if scheme is None:
+        return reference.exact_blocks(model, LOSS, *data, treatment)
+    return reference.batch_blocks(model, LOSS, *data, treatment, *scheme)
