@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Real
 from typing import Any, Final, Literal, NamedTuple, overload
 
@@ -258,18 +259,15 @@ class _System:
         """g in coordinates, [k]."""
         return self.reduction.rhs
 
-    @property
-    def is_large(self) -> bool:
-        """Whether a product costs more than what the systems could share."""
-        is_function = isinstance(self.reduction.operator, MatrixFree)
-        return is_function or len(self.rhs) > LOCKSTEP_UNKNOWNS
-
-    @property
-    def damped(self) -> Damped:
-        """The system for conjugate gradients."""
-        o, operator = self.options, self.reduction.operator
+    def parts(self) -> list[Damped]:
+        """The system for conjugate gradients, as independent ones."""
+        o, parts = self.options, self.reduction.parts()
         stop = o["cg_tol"], o["cg_atol"], o["cg_maxiter"]
-        return Damped(operator, o["alpha"], self.rhs, *stop)
+        shares = _shares([rhs for _, rhs in parts])
+        return [
+            Damped(operator, o["alpha"], rhs, *stop, share)
+            for (operator, rhs), share in zip(parts, shares, strict=True)
+        ]
 
     def info(self, facts: Facts) -> StepInfo:
         """What happened, once the facts say that d is a solution.
@@ -322,36 +320,87 @@ def _solve(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, StepInfo]]
     Raises:
         ArithmeticError: a gradient or a curvature is not finite, or a matrix singular.
     """
-    solutions = {}
-    for group in _groups(systems):
-        solve = _by_cg if group[0].options["solver"] == "cg" else _directly
-        directions, facts = solve(group)
-        # The only place where the host waits for the solutions.
-        rows = torch.stack([fact.double() for fact in facts], dim=1).tolist()
-        for system, d, row in zip(group, directions, rows, strict=True):
-            solutions[system] = d, system.info(Facts(*row))
-    return solutions
+    iterative = [s for s in systems if s.options["solver"] == "cg"]
+    direct = [s for s in systems if s.options["solver"] == "direct"]
+    solved = {**_by_cg(iterative), **_directly(direct)}
+    return {s: (solved[s][0], s.info(solved[s][1])) for s in systems}
 
 
-def _groups(systems: Sequence[_System]) -> Iterable[list[_System]]:
+def _by_cg(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, Facts]]:
+    """The coordinates of d by conjugate gradients, part by part."""
+    parts = {system: system.parts() for system in systems}
+    solutions = iter(_solve_parts([part for own in parts.values() for part in own]))
+    solved = {}
+    for system, own in parts.items():
+        directions, facts = zip(*islice(solutions, len(own)), strict=True)
+        solved[system] = system.reduction.join(directions), _combine(facts)
+    return solved
+
+
+def _solve_parts(parts: Sequence[Damped]) -> list[tuple[Tensor, Facts]]:
     """Small systems together, large ones and functions of the user alone."""
+    groups: dict[object, list[int]] = {}
+    for i, part in enumerate(parts):
+        kind: object = part.b.dtype, part.b.device
+        groups.setdefault(i if _is_large(part) else kind, []).append(i)
+    solutions = {}
+    for indices in groups.values():
+        group = [parts[i] for i in indices]
+        # A product of a large system costs more than the host's look at the residual.
+        check_every = 1 if _is_large(group[0]) else CHECK_EVERY
+        x, *facts = cg_lockstep(group, check_every)
+        margins = torch.full_like(facts[-1], math.inf)
+        rows = _read([*facts, margins])
+        for i, part, row, fact in zip(indices, group, x, rows, strict=True):
+            solutions[i] = row[: len(part.b)], fact
+    return [solutions[i] for i in range(len(parts))]
+
+
+def _is_large(part: Damped) -> bool:
+    """Whether a product costs more than what the systems could share."""
+    return isinstance(part.operator, MatrixFree) or len(part.b) > LOCKSTEP_UNKNOWNS
+
+
+def _shares(parts: Sequence[Tensor]) -> list[Tensor | None]:
+    """The norm of each part of a vector, relative to that of the whole."""
+    if len(parts) == 1:
+        return [None]
+    # In units of the largest entry, so that no square under- or overflows.
+    unit = torch.stack([part.abs().max() for part in parts]).max()
+    norms = torch.stack([torch.linalg.vector_norm(part / unit) for part in parts])
+    shares = norms / torch.linalg.vector_norm(norms)
+    # Where the whole is zero, so is its residual; where it is not finite, CG says so.
+    return list(shares.nan_to_num(0.0))
+
+
+def _combine(parts: Sequence[Facts]) -> Facts:
+    """The facts on a system from those on its parts."""
+    return Facts(
+        iterations=max(part.iterations for part in parts),
+        residual_norm=math.hypot(*(part.residual_norm for part in parts)),
+        converged=min(part.converged for part in parts),
+        negative_curvature=max(part.negative_curvature for part in parts),
+        step_norm=math.hypot(*(part.step_norm for part in parts)),
+        descent=sum(part.descent for part in parts),
+        margin=min(part.margin for part in parts),
+    )
+
+
+def _directly(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, Facts]]:
+    """The coordinates of d by factorisation."""
     groups: dict[object, list[_System]] = {}
     for system in systems:
-        kind = system.options["solver"], system.rhs.dtype, system.rhs.device
-        groups.setdefault(system if system.is_large else kind, []).append(system)
-    return groups.values()
+        kind = system.rhs.dtype, system.rhs.device
+        groups.setdefault(kind, []).append(system)
+    solved = {}
+    for group in groups.values():
+        directions, facts = _factorise(group)
+        for system, d, fact in zip(group, directions, _read(facts), strict=True):
+            solved[system] = d, fact
+    return solved
 
 
-def _by_cg(group: Sequence[_System]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The coordinates of d by conjugate gradients, and ``Facts`` on the device."""
-    # A product of a large system costs more than the host's look at the residual.
-    check_every = 1 if group[0].is_large else CHECK_EVERY
-    x, *facts = cg_lockstep([system.damped for system in group], check_every)
-    directions = [row[: len(s.rhs)] for s, row in zip(group, x, strict=True)]
-    return directions, [*facts, torch.full_like(facts[-1], math.inf)]
-
-
-def _directly(group: Sequence[_System]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _factorise(group: Sequence[_System]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The coordinates of d by factorisation, and ``Facts`` on the device."""
     directions, norms, sizes, descents, margins = [], [], [], [], []
     for system in group:
@@ -368,6 +417,12 @@ def _directly(group: Sequence[_System]) -> tuple[Sequence[Tensor], Sequence[Tens
     zero = torch.zeros_like(torch.stack(margins))
     solved = map(torch.stack, (sizes, descents, margins))
     return directions, [zero, torch.stack(norms), zero + 1, zero, *solved]
+
+
+def _read(facts: Sequence[Tensor]) -> list[Facts]:
+    """Facts by system, from the device: here the host waits for the solutions."""
+    rows = torch.stack([fact.double() for fact in facts], dim=1).tolist()
+    return [Facts(*row) for row in rows]
 
 
 def _check_loss(loss: object) -> None:
