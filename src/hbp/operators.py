@@ -52,14 +52,21 @@ REMAINDER_ENTRIES: Final = 2**19
 NEGLIGIBLE: Final = 1e-15
 """A length, relative to others, that has no say in any inner product."""
 
-MULTIPLE_SLACK: Final = 32
-"""By how many eps of the sum of its terms a gradient may differ from δᵀX."""
+MULTIPLE_SLACK: Final = 16
+"""By how many eps of its terms' sizes a gradient may differ from δᵀX.
 
-PART_COLUMNS: Final = (8, 24, 96)
+Measured in the network of tutorial 02, at initialisation and after ten epochs, with
+and without centred inputs: 6 at most. For two random samples of 3072 inputs it can be
+20; then the gradient counts as any other, which is slower and as exact.
+"""
+
+PART_COLUMNS: Final = (16, 112)
 """How many eigen-directions of E[xxᵀ] share a system, from the largest; then the rest.
 
-The spectra of inputs fall like a power of the index, so parts that grow by a factor
-have eigenvalues within a factor. The sizes are fixed so that no GPU is waited for.
+Few inputs' directions have large eigenvalues, and need many iterations; most need one.
+On the network of tutorial 02, in mid-training, a step takes 5.2 times that of SGD
+without parts, 3.4 with a first part of 8, and 3.1 with this, with 32 or with 16 alone.
+The sizes are fixed, so that no GPU is waited for.
 """
 
 
@@ -759,8 +766,8 @@ class KroneckerBlock(SymmetricOperator):
         """The c for which B, [out, in], may be c δᵀF, and whether it is.
 
         Both are multiplied by one random vector (Freivalds 1977), which costs one pass
-        over B. The vector is the same every time, and torch's own generators do not
-        notice. Neither c nor the answer is finite and true where B or δ is not.
+        over B. The vector is the same every time, and torch's own generators are left
+        alone. Where B or δ is not finite, or δᵀX is zero, the answer is no.
         """
         generator = torch.Generator(b.device).manual_seed(0)
         probe = torch.randn(
@@ -773,9 +780,8 @@ class KroneckerBlock(SymmetricOperator):
         expected, found = expected / unit, found / unit
         factor = (expected @ found) / (expected @ expected)
         gap = (found - factor * expected).abs().max()
-        # What round-off can amount to: it is relative to the terms of the sums, not to
-        # the sums, in which δ and X may cancel.
-        terms = output_gradient.abs().T @ inputs.abs()
+        # Round-off is relative to the terms of δᵀX, which may cancel, not to the sum.
+        terms = output_gradient.abs().T @ torch.linalg.vector_norm(self.rows, dim=1)
         scale = factor.abs() * terms.max() / unit
         return factor, gap <= MULTIPLE_SLACK * torch.finfo(b.dtype).eps * scale
 
