@@ -198,6 +198,23 @@ def test_reads_of_the_averaged_product(
         assert step <= math.ceil(training.iterations() / CHECK_EVERY) + 2
 
 
+@pytest.mark.parametrize("cg_tol", [0.1, 1e-6])
+def test_reads_of_the_averaged_product_with_few_samples(
+    reads: Reads, cg_tol: float
+) -> None:
+    """One more for each weight: whether its gradient is δᵀx."""
+    for depth in (3, 8):
+        training = Iteration(depth, "cg", "abs", cg_tol=cg_tol)
+        training.x, training.y = training.x[:9], training.y[:9]
+        training.model.set_hbp_approximation(average_parameter_jacobian=False)
+        assert [reads.of(part) for part in training.parts()] == [0, 1, 2]
+        step = reads.of(training.optimizer.step)
+        looks = math.ceil(training.iterations() / CHECK_EVERY)
+        assert step <= looks + 2 + depth
+        # And its parts share the iterations of all.
+        assert step > depth
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="torch counts waits on CUDA only; the reads above stand in for them",
@@ -293,10 +310,11 @@ def optimizer_for(model: nn.Module, name: str) -> torch.optim.Optimizer:
 
 
 def training_memory(
-    name: str, batch: int = 64, treatment: str | None = "abs"
+    name: str, batch: int = 64, treatment: str | None = "abs", average: bool = True
 ) -> tuple[int, int, nn.Module]:
     """Peak and rest of two iterations, with all that the optimizer keeps."""
     model, loss_func = sigmoid_net(SIZES), nn.CrossEntropyLoss()
+    model.set_hbp_approximation(average_parameter_jacobian=average)
     x, y = torch.rand(batch, SIZES[0]), torch.arange(batch) % 10
     optimizer = optimizer_for(model, name)
 
@@ -335,6 +353,19 @@ def test_peak_memory(solver: str, treatment: str | None) -> None:
     if solver == "cg":  # There is no momentum; one temporary copy would show.
         plain, _, _ = training_memory("sgd")
         assert peak <= plain + copy + largest
+
+
+@pytest.mark.parametrize("batch", [32, 64, 100])
+def test_peak_memory_of_the_averaged_product(batch: int) -> None:
+    """No copy of the inputs, and no array of the weights' size.
+
+    Measured beyond momentum, in copies of the parameters: MEASURED.
+    """
+    copy, largest = sizes_in_bytes()
+    peak, _, _ = training_memory("cg", batch, average=False)
+    momentum, _, _ = training_memory("momentum", batch)
+    print("RATIO", batch, (peak - momentum) / copy, 1 + largest / copy)
+    assert peak <= momentum + copy + largest
 
 
 def recorded(model: nn.Module, x_bytes: int) -> int:

@@ -20,6 +20,7 @@ from hbp.operators import (
     DenseOperator,
     DirectSum,
     KroneckerBlock,
+    KroneckerDiagonal,
     KroneckerProduct,
     MatrixFree,
     Reduction,
@@ -79,6 +80,19 @@ def _kronecker(make: Callable[[int], Tensor], m: int) -> Pair:
     return KroneckerProduct(DenseOperator(H), S), np.kron(H.numpy(), S.numpy())
 
 
+def _copies(make: Callable[[int], Tensor], values: list[float]) -> Pair:
+    H, scales = make(4), torch.tensor(values, dtype=torch.float64)
+    dense = np.kron(H.numpy(), np.diag(values))
+    return KroneckerDiagonal(DenseOperator(H), scales), dense
+
+
+def _told_block(make: Callable[[int], Tensor]) -> Pair:
+    """A block with a weight that knows a gradient, which b need not be."""
+    H, F, delta = make(3), randn(4, 6), randn(4, 3)
+    dense = np.kron(H.numpy(), 0.25 * (F.T @ F).numpy())
+    return KroneckerBlock(DenseOperator(H), F, 0.25, delta), dense
+
+
 def _block(make: Callable[[int], Tensor], rows: Callable[[], Tensor]) -> Pair:
     """Index (o, i) at o·in + i, written out."""
     H, F = make(3), rows()
@@ -121,6 +135,8 @@ BUILDERS: dict[str, Callable[..., Pair]] = {
     "chain, matrix formed": partial(_chain, formed=True),
     "kronecker": partial(_kronecker, m=3),
     "kronecker with a number": partial(_kronecker, m=1),
+    "copies": partial(_copies, values=[0.3, 2.0, 1.0]),
+    "one copy": partial(_copies, values=[0.7]),
     "block, rank one": partial(_block, rows=partial(randn, 1, 5)),
     "block, few rows": partial(_block, rows=partial(randn, 2, 5)),
     "block, as many rows as inputs": partial(_block, rows=partial(randn, 4, 4)),
@@ -129,6 +145,7 @@ BUILDERS: dict[str, Callable[..., Pair]] = {
     "block, zero input": partial(_block, rows=lambda: randn(1, 4) * 0),
     "block, a zero row": partial(_block, rows=_with_zero_row),
     "block, repeated rows": partial(_block, rows=_repeated_rows),
+    "block, told a gradient": _told_block,
     "direct sum": _sum,
     "matrix-free": _matrix_free,
 }

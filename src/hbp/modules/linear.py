@@ -55,18 +55,18 @@ class HBPLinear(HBPModule, nn.Linear):
             super()._parameter_hessians(output_hessian, hessian_pass)
             return
         if self.weight.requires_grad:
-            rows = hessian_pass.finite(self._input_rows(), "input", self)
-            block = KroneckerBlock(output_hessian, rows)
+            block = self._weight_block(output_hessian)
+            hessian_pass.finite(block.rows, "input", self)
             hessian_pass.blocks.append((self.weight, block))
         if self.bias is not None and self.bias.requires_grad:
             hessian_pass.blocks.append((self.bias, output_hessian))
 
-    def _input_rows(self) -> Tensor:
-        """F with FᵀF = x̄x̄ᵀ, [1, in], or FᵀF = E[xxᵀ], [N, in]."""
-        x = self.last_record.kept
+    def _weight_block(self, output_hessian: SymmetricOperator) -> KroneckerBlock:
+        """H̄ ⊗ x̄x̄ᵀ or H̄ ⊗ E[xxᵀ], which reads x and is told of δ."""
+        x, delta = self.last_record.kept, self.last_record.output_gradient
         if self.average_parameter_jacobian:
-            return mean_over_batch(x).unsqueeze(0)
-        return x / len(x) ** 0.5
+            return KroneckerBlock(output_hessian, mean_over_batch(x).unsqueeze(0))
+        return KroneckerBlock(output_hessian, x, 1 / len(x), delta)
 
     def _check_pass(self) -> None:
         super()._check_pass()

@@ -30,9 +30,12 @@ class Damped(NamedTuple):
         operator: A, [k, k]. Where b is longer than k, A has zeros there.
         alpha: α.
         b: Right-hand side, [n], n ≥ k.
-        tol: Stop at ‖r‖ ≤ max(tol·‖b‖, atol).
+        tol: Stop at ‖r‖ ≤ max(tol·‖b‖, share·atol).
         atol: See ``tol``.
         maxiter: At most this many products; ``None`` means 10 n.
+        share: ‖b‖ relative to the norm of the whole right-hand side of which b is a
+            part, a scalar tensor. Of ``atol``, this part may take that share, so that
+            the whole residual keeps within it. ``None`` if b is the whole.
     """
 
     operator: SymmetricOperator
@@ -41,6 +44,7 @@ class Damped(NamedTuple):
     tol: float
     atol: float
     maxiter: int | None
+    share: Tensor | None = None
 
     @property
     def budget(self) -> int:
@@ -57,7 +61,7 @@ class LockstepResult(NamedTuple):
         residual_norm: ‖b - [(1-α)A + αI] x‖ as the recurrence knows it. Where the
             system has NaN or infinity, this or ``norm`` is not finite, and the other
             entries mean nothing.
-        converged: Whether residual_norm ≤ max(tol·‖b‖, atol).
+        converged: Whether residual_norm ≤ max(tol·‖b‖, share·atol).
         negative_curvature: Whether the iteration ended at a direction p with
             pᵀ[(1-α)A + αI]p ≤ 0.
         norm: ‖x‖.
@@ -89,6 +93,9 @@ def cg_lockstep(
     b = _rows([system.b for system in systems])
     options = [(s.alpha, s.tol, s.atol, s.budget) for s in systems]
     alpha, tol, atol, budget = _to_device(options, b).unsqueeze(2).unbind(1)
+    whole = b.new_ones(())
+    shares = [whole if s.share is None else s.share for s in systems]
+    atol = atol * torch.stack(shares).unsqueeze(1)
 
     # In units of a power of 2 near max|b|: exact, and no square over- or underflows.
     exponent = torch.frexp(b.abs().amax(1, keepdim=True)).exponent
