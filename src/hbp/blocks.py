@@ -19,37 +19,6 @@ from torch import Tensor
 from hbp.operators import SymmetricOperator
 
 
-class PrincipalBlock(SymmetricOperator):
-    """The rows and columns of A from ``start``, ``size`` of them.
-
-    Args:
-        outer: A.
-        start: The first.
-        size: How many.
-    """
-
-    def __init__(self, outer: SymmetricOperator, start: int, size: int) -> None:
-        super().__init__(size, outer.dtype, outer.device)
-        self.outer = outer
-        self._own = slice(start, start + size)
-
-    def _product(self, columns: Tensor) -> Tensor:
-        whole = columns.new_zeros(self.outer.shape[0], columns.shape[1])
-        whole[self._own] = columns
-        return self.outer._product(whole)[self._own]
-
-    def _dense(self) -> Tensor:
-        return self._product(
-            torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-        )
-
-    def diagonal(self) -> Tensor:
-        return self.outer.diagonal()[self._own]
-
-    def require_fresh(self) -> None:
-        self.outer.require_fresh()
-
-
 class JointBlock:
     """One block for a weight and a bias.
 

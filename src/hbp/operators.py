@@ -97,11 +97,13 @@ class Reduction:
         operator: A in the first k coordinates of the subspace, shape [k, k]. Any
             further coordinate belongs to the null space of A.
         rhs: b in coordinates, [k] or [k + 1].
+        size: Entries of b itself.
     """
 
     def __init__(self, operator: SymmetricOperator, rhs: Tensor) -> None:
         self.operator = operator
         self.rhs = rhs
+        self.size = len(rhs)
 
     def parts(self) -> list[tuple[SymmetricOperator, Tensor]]:
         """Independent systems, each an operator and a rhs as above."""
@@ -113,17 +115,48 @@ class Reduction:
 
     def solve_damped(self, alpha: float) -> tuple[Tensor, Tensor]:
         """The y with [(1-α)A + αI] y = b; see ``SymmetricOperator.solve_damped``."""
-        k = self.operator.shape[0]
-        columns, null = self.rhs[:k, None], self.rhs[k:]
+        columns = self.rhs[: self.operator.shape[0], None]
         y, margin = self.operator.solve_damped(columns, 1 - alpha, alpha)
+        return self._complete(y.squeeze(1), margin, alpha)
+
+    def _complete(
+        self, y: Tensor, margin: Tensor, alpha: float
+    ) -> tuple[Tensor, Tensor]:
+        """With the coordinate in the null space, where the matrix is α."""
+        null = self.rhs[len(y) :]
         if len(null) > 0 and alpha == 0:
             return self.rhs, torch.zeros_like(margin)
-        y = y.squeeze(1)
         return torch.cat([y, null / alpha]) if len(null) > 0 else y, margin
 
     def add_to(self, target: Tensor, y: Tensor, scale: float) -> None:
         """target, [n], += scale · the vector whose coordinates are ``y``."""
         target.add_(y, alpha=scale)
+
+
+def solve_reductions(
+    reductions: Sequence[Reduction], alpha: float
+) -> list[tuple[Tensor, Tensor]]:
+    """``solve_damped`` of each; small dense blocks of one size in one batch."""
+    sizes: dict[int, list[int]] = {}
+    for i, reduction in enumerate(reductions):
+        if reduction.operator.is_small_and_dense:
+            sizes.setdefault(reduction.operator.shape[0], []).append(i)
+    solved: dict[int, tuple[Tensor, Tensor]] = {}
+    for size, indices in sizes.items():
+        if len(indices) > 1:
+            group = [reductions[i] for i in indices]
+            damped = torch.stack([r.operator.to_dense() for r in group]) * (1 - alpha)
+            damped.diagonal(dim1=1, dim2=2).add_(alpha)
+            factors, pivots, _ = torch.linalg.lu_factor_ex(damped)
+            columns = torch.stack([r.rhs[:size, None] for r in group])
+            y = torch.linalg.lu_solve(factors, pivots, columns).squeeze(2)
+            for i, r, own, factor in zip(indices, group, y, factors, strict=True):
+                margin = regularity(factor.diagonal(), alpha)
+                solved[i] = r._complete(own, margin, alpha)
+    return [
+        solved[i] if i in solved else reduction.solve_damped(alpha)
+        for i, reduction in enumerate(reductions)
+    ]
 
 
 class SymmetricOperator(ABC):
@@ -186,6 +219,11 @@ class SymmetricOperator(ABC):
         return self._dense()
 
     @property
+    def is_small_and_dense(self) -> bool:
+        """Whether it is best solved together with others of its size."""
+        return False
+
+    @property
     def _dense_bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
@@ -234,6 +272,18 @@ class SymmetricOperator(ABC):
         A step of CG costs what the coordinates cost; see ``Reduction``.
         """
         return Reduction(self, b)
+
+    def reductions(self, b: Tensor) -> list[Reduction]:
+        """``reduce``, one for each independent block, in order."""
+        reduction = self.reduce(b)
+        reduction.size = len(b)
+        return [reduction]
+
+    def diagonal_blocks(self, sizes: Sequence[int]) -> list[SymmetricOperator]:
+        """Operators of the blocks on the diagonal, of ``sizes`` rows, in order."""
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        pairs = zip(starts, sizes, strict=True)
+        return [PrincipalBlock(self, start, size) for start, size in pairs]
 
     def solve_damped(
         self, columns: Tensor, weight: float | Tensor, shift: float
@@ -290,11 +340,23 @@ class DenseOperator(SymmetricOperator):
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
         self.matrix = matrix
 
+    @property
+    def is_small_and_dense(self) -> bool:
+        return self.shape[0] <= 2 * DENSE_FEATURES
+
     def _product(self, columns: Tensor) -> Tensor:
         return self.matrix @ columns
 
     def _dense(self) -> Tensor:
         return self.matrix
+
+    def diagonal_blocks(self, sizes: Sequence[int]) -> list[SymmetricOperator]:
+        rows = self.matrix.split(list(sizes))
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [
+            DenseOperator(part[:, start : start + size])
+            for part, start, size in zip(rows, starts, sizes, strict=True)
+        ]
 
 
 class ZeroOperator(SymmetricOperator):
@@ -523,6 +585,11 @@ class Congruence(SymmetricOperator):
         self.jacobian.require_fresh()
         self.outer.require_fresh()
 
+    def diagonal_blocks(self, sizes: Sequence[int]) -> list[SymmetricOperator]:
+        if self._outer_is_small and self.fits:
+            return DenseOperator(self.to_dense()).diagonal_blocks(sizes)
+        return super().diagonal_blocks(sizes)
+
     def diagonal(self) -> Tensor:
         diagonal = self.jacobian.congruence_diagonal(self.outer)
         return diagonal if self.second_order is None else diagonal + self.second_order
@@ -623,6 +690,10 @@ class KroneckerDiagonal(SymmetricOperator):
         super().__init__(outer.shape[0] * len(values), outer.dtype, outer.device)
         self.outer = outer
         self.values = values
+
+    @property
+    def is_small_and_dense(self) -> bool:
+        return len(self.values) == 1 and self.outer.is_small_and_dense
 
     def _outer_product(self, columns: Tensor) -> Tensor:
         """(H ⊗ I) · columns, as [o, k, columns]."""
@@ -735,6 +806,17 @@ class KroneckerBlock(SymmetricOperator):
 
     def trace(self) -> Tensor:
         return self.outer.trace() * self._second_moments.sum()
+
+    def diagonal_blocks(self, sizes: Sequence[int]) -> list[SymmetricOperator]:
+        if any(size % self.in_features for size in sizes):
+            return super().diagonal_blocks(sizes)
+        features = [size // self.in_features for size in sizes]
+        delta = self.output_gradient
+        deltas = [None] * len(sizes) if delta is None else delta.split(features, dim=1)
+        blocks = zip(self.outer.diagonal_blocks(features), deltas, strict=True)
+        return [
+            KroneckerBlock(outer, self.rows, self.weight, own) for outer, own in blocks
+        ]
 
     def eigvalsh(self) -> Tensor:
         values = self._restricted.eigvalsh()
@@ -977,6 +1059,37 @@ class _RowReduction(_ColumnReduction):
         matrix.addmm_(coefficients, self._rows, alpha=scale)
 
 
+class PrincipalBlock(SymmetricOperator):
+    """The rows and columns of A from ``start``, ``size`` of them.
+
+    Args:
+        outer: A.
+        start: The first.
+        size: How many.
+    """
+
+    def __init__(self, outer: SymmetricOperator, start: int, size: int) -> None:
+        super().__init__(size, outer.dtype, outer.device)
+        self.outer = outer
+        self._own = slice(start, start + size)
+
+    def _product(self, columns: Tensor) -> Tensor:
+        whole = columns.new_zeros(self.outer.shape[0], columns.shape[1])
+        whole[self._own] = columns
+        return self.outer._product(whole)[self._own]
+
+    def _dense(self) -> Tensor:
+        return self._product(
+            torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        )
+
+    def diagonal(self) -> Tensor:
+        return self.outer.diagonal()[self._own]
+
+    def require_fresh(self) -> None:
+        self.outer.require_fresh()
+
+
 class DirectSum(SymmetricOperator):
     """Independent operators as the blocks of one block-diagonal matrix.
 
@@ -1011,6 +1124,12 @@ class DirectSum(SymmetricOperator):
 
     def eigvalsh(self) -> Tensor:
         return torch.cat([block.eigvalsh() for block in self.blocks]).sort().values
+
+    def reductions(self, b: Tensor) -> list[Reduction]:
+        parts = zip(self.blocks, b.split(self._sizes), strict=True)
+        return [
+            reduction for block, part in parts for reduction in block.reductions(part)
+        ]
 
     def solve_damped(
         self, columns: Tensor, weight: float | Tensor, shift: float

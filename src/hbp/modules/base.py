@@ -16,18 +16,20 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hbp.blocks import JointBlock, JointPart
 from hbp.curvature import Treatment, is_nonnegative, second_order_treatment
-from hbp.maps import ChainMap, LinearMap, ReplicateMap
+from hbp.maps import ChainMap, JointMap, LinearMap, ReplicateMap
 from hbp.operators import (
     Congruence,
     DenseOperator,
     DiagonalOperator,
+    DirectSum,
     RepeatedOperator,
     SampleBlocks,
     SymmetricOperator,
@@ -46,13 +48,13 @@ class HessianPass:
     Attributes:
         treatment: The same.
         batch: The same.
-        blocks: Parameters and the curvature that will be left on them.
+        blocks: The curvature that will be left on parameters; on two, if they share it.
     """
 
     def __init__(self, treatment: Treatment, batch: int | None = None) -> None:
         self.treatment = treatment
         self.batch = batch
-        self.blocks: list[tuple[Tensor, SymmetricOperator]] = []
+        self.blocks: list[tuple[Sequence[Tensor], SymmetricOperator]] = []
         self._statistics: list[tuple[Tensor, str, nn.Module]] = []
         self._latest: tuple[nn.Module, Tensor] | None = None
 
@@ -127,8 +129,14 @@ class HessianPass:
                         f"The {what} of {module} contains NaN or infinity. Check the "
                         "inputs, the weights and the loss of the last forward pass."
                     )
-        for parameter, block in self.blocks:
-            attach_hessian(parameter, block)
+        for parameters, block in self.blocks:
+            if len(parameters) == 1:
+                attach_hessian(parameters[0], block)
+                continue
+            sizes = [parameter.numel() for parameter in parameters]
+            joint = JointBlock(block, len(parameters[0]))
+            for index, parameter in enumerate(parameters):
+                attach_hessian(parameter, JointPart(joint, sizes, index))
 
 
 class Record:
@@ -309,6 +317,34 @@ class HBPModule(nn.Module):
                 if isinstance(module, HBPModule) and hasattr(module, name):
                     setattr(module, name, value)
 
+    def set_hbp_blocks(self, sub_blocks: int = 1, joint_bias: bool = False) -> None:
+        """Choose what makes a parameter's block, here and in every module inside.
+
+        It matters to linear layers and convolutions (not to transposed ones), and can
+        be changed at any time; the next Hessian pass goes by it. A call sets both.
+
+        Args:
+            sub_blocks: Split a block into that many, of consecutive output features,
+                and drop what couples them. Each is solved on its own, all in a batch.
+                A layer of fewer output features gets one for each.
+            joint_bias: Whether weight and bias share one block, so that
+                ``CGNewton`` solves for both at once. Their ``p.hessian`` are its
+                parts.
+
+        Raises:
+            ValueError: ``sub_blocks`` is no positive integer.
+            TypeError: ``joint_bias`` is no bool.
+        """
+        if not isinstance(sub_blocks, int) or isinstance(sub_blocks, bool):
+            raise ValueError(f"sub_blocks={sub_blocks!r} must be a positive integer.")
+        if sub_blocks < 1:
+            raise ValueError(f"sub_blocks={sub_blocks} must be a positive integer.")
+        if not isinstance(joint_bias, bool):
+            raise TypeError(f"joint_bias={joint_bias!r} must be True or False.")
+        for module in self.modules():
+            if isinstance(module, HBPModule) and hasattr(module, "sub_blocks"):
+                module.sub_blocks, module.joint_bias = sub_blocks, joint_bias
+
     def backward_hessian(
         self,
         output_hessian: Tensor | SymmetricOperator,
@@ -414,10 +450,35 @@ class HBPModule(nn.Module):
             count = self.last_record.input_shape[0]
             output_hessian = RepeatedOperator(output_hessian, count, 1 / count)
             hessian_pass = hessian_pass.exactly(count)
-        for parameter, jacobian in self._parameter_jacobians(hessian_pass):
-            if parameter.requires_grad:
-                block = Congruence(output_hessian, jacobian)
-                hessian_pass.blocks.append((parameter, block))
+        jacobians = {
+            parameter: jacobian
+            for parameter, jacobian in self._parameter_jacobians(hessian_pass)
+            if parameter.requires_grad
+        }
+        if getattr(self, "joint_bias", False) and len(jacobians) == 2:
+            joint = Congruence(output_hessian, JointMap(*jacobians.values()))
+            self._leave(tuple(jacobians), joint, hessian_pass)
+            return
+        for parameter, jacobian in jacobians.items():
+            block = Congruence(output_hessian, jacobian)
+            self._leave((parameter,), block, hessian_pass)
+
+    def _leave(
+        self,
+        parameters: Sequence[Tensor],
+        block: SymmetricOperator,
+        hessian_pass: HessianPass,
+    ) -> None:
+        """Note the block of parameters, in as many sub-blocks as the layer wants."""
+        features = len(parameters[0])
+        count = min(getattr(self, "sub_blocks", 1), features)
+        if count > 1:
+            entries = block.shape[0] // features
+            sizes = [
+                len(part) * entries for part in torch.arange(features).chunk(count)
+            ]
+            block = DirectSum(block.diagonal_blocks(sizes))
+        hessian_pass.blocks.append((parameters, block))
 
     def _parameter_jacobians(
         self, hessian_pass: HessianPass
@@ -486,6 +547,12 @@ class HBPModule(nn.Module):
                 f"output_hessian is {hessian.dtype} on {hessian.device}, but the "
                 f"output of {self} is {dtype} on {device}. Convert it with .to(...)."
             )
+
+
+def describe_blocks(layer: Any) -> str:
+    """What ``set_hbp_blocks`` chose, for ``extra_repr``; nothing by default."""
+    split = "" if layer.sub_blocks == 1 else f", sub_blocks: {layer.sub_blocks}"
+    return split + (", joint_bias: True" if layer.joint_bias else "")
 
 
 def mean_over_batch(values: Tensor) -> Tensor:

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from hbp.maps import BiasMap, LinearMap, SampleMap, Watched, transpose_by_autograd
-from hbp.modules.base import HBPModule, HessianPass, mean_over_batch
+from hbp.modules.base import (
+    HBPModule,
+    HessianPass,
+    describe_blocks,
+    mean_over_batch,
+)
 
 
 class Convolution:
@@ -222,15 +227,26 @@ class ConvolutionRule(HBPModule):
         return f"{super().extra_repr()}, {scheme}"
 
 
-class HBPConv1d(ConvolutionRule, nn.Conv1d):
+class BlockedConvolutionRule(ConvolutionRule):
+    """A convolution whose weight has a row for each output channel."""
+
+    sub_blocks: int = 1
+    joint_bias: bool = False
+
+    def extra_repr(self) -> str:
+        """The layer's options, its batch scheme and what makes its blocks."""
+        return super().extra_repr() + describe_blocks(self)
+
+
+class HBPConv1d(BlockedConvolutionRule, nn.Conv1d):
     """``torch.nn.Conv1d`` that sends curvature backward."""
 
 
-class HBPConv2d(ConvolutionRule, nn.Conv2d):
+class HBPConv2d(BlockedConvolutionRule, nn.Conv2d):
     """``torch.nn.Conv2d`` that sends curvature backward."""
 
 
-class HBPConv3d(ConvolutionRule, nn.Conv3d):
+class HBPConv3d(BlockedConvolutionRule, nn.Conv3d):
     """``torch.nn.Conv3d`` that sends curvature backward."""
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from hbp.maps import BiasMap, DenseSampleMap, LinearMap, LinearWeightMap, MatrixMap
-from hbp.modules.base import HBPModule, HessianPass, mean_over_batch
+from hbp.modules.base import (
+    HBPModule,
+    HessianPass,
+    describe_blocks,
+    mean_over_batch,
+)
 from hbp.operators import KroneckerBlock, SymmetricOperator
 
 
@@ -29,6 +35,8 @@ class HBPLinear(HBPModule, nn.Linear):
     """
 
     average_parameter_jacobian: bool = True
+    sub_blocks: int = 1
+    joint_bias: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         """z = Wx + b, [N, in_features] → [N, out_features]."""
@@ -54,19 +62,25 @@ class HBPLinear(HBPModule, nn.Linear):
         if hessian_pass.is_exact:
             super()._parameter_hessians(output_hessian, hessian_pass)
             return
-        if self.weight.requires_grad:
-            block = self._weight_block(output_hessian)
+        parameters = [p for p in (self.weight, self.bias) if p is not None]
+        trained = [p for p in parameters if p.requires_grad]
+        joint = self.joint_bias and len(trained) == 2
+        for parameter in trained[:1] if joint else trained:
+            if parameter is self.bias:
+                self._leave((parameter,), output_hessian, hessian_pass)
+                continue
+            block = self._weight_block(output_hessian, joint)
             hessian_pass.finite(block.rows, "input", self)
-            hessian_pass.blocks.append((self.weight, block))
-        if self.bias is not None and self.bias.requires_grad:
-            hessian_pass.blocks.append((self.bias, output_hessian))
+            self._leave(trained if joint else (parameter,), block, hessian_pass)
 
-    def _weight_block(self, output_hessian: SymmetricOperator) -> KroneckerBlock:
-        """H̄ ⊗ x̄x̄ᵀ or H̄ ⊗ E[xxᵀ], which reads x and is told of δ."""
+    def _weight_block(self, outer: SymmetricOperator, joint: bool) -> KroneckerBlock:
+        """H̄ ⊗ x̄x̄ᵀ or H̄ ⊗ E[xxᵀ], which reads x and is told of δ; or with [x; 1]."""
         x, delta = self.last_record.kept, self.last_record.output_gradient
+        if joint:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         if self.average_parameter_jacobian:
-            return KroneckerBlock(output_hessian, mean_over_batch(x).unsqueeze(0))
-        return KroneckerBlock(output_hessian, x, 1 / len(x), delta)
+            return KroneckerBlock(outer, mean_over_batch(x).unsqueeze(0))
+        return KroneckerBlock(outer, x, 1 / len(x), delta)
 
     def _check_pass(self) -> None:
         super()._check_pass()
@@ -80,4 +94,4 @@ class HBPLinear(HBPModule, nn.Linear):
     def extra_repr(self) -> str:
         """The layer's sizes and its batch scheme."""
         scheme = f"avg_param_jac: {self.average_parameter_jacobian}"
-        return f"{super().extra_repr()}, {scheme}"
+        return f"{super().extra_repr()}, {scheme}{describe_blocks(self)}"

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hbp.blocks import JointBlock, JointPart
 from hbp.operators import (
     MatrixFree,
     SymmetricOperator,
     attach_hessian,
     check_alpha,
     singular_message,
+    solve_reductions,
 )
 from hbp.optim.cg import check_cg_options
 from hbp.optim.lockstep import CHECK_EVERY, Damped, cg_lockstep
@@ -174,7 +176,7 @@ class CGNewton(torch.optim.Optimizer):
         solutions = _solve(systems)
         for system in systems:
             system.apply(solutions[system][0])
-        self.last_step = {s.parameter: solutions[s][1] for s in systems}
+        self.last_step = {p: solutions[s][1] for s in systems for p in s.parameters}
         return loss
 
     def _systems(self) -> list[_System]:
@@ -182,20 +184,50 @@ class CGNewton(torch.optim.Optimizer):
         trainable = False
         for group_index, group in enumerate(self.param_groups):
             _check_options(group)
-            for index, parameter in enumerate(group["params"]):
-                trainable |= parameter.requires_grad
-                if parameter.requires_grad and parameter.grad is not None:
-                    name = (
-                        f"parameter {index} of group {group_index}, "
-                        f"shape {list(parameter.shape)}"
-                    )
-                    systems.append(_System(name, parameter, group))
+            trainable |= any(p.requires_grad for p in group["params"])
+            for indices in _together(group["params"]):
+                parameters = [group["params"][index] for index in indices]
+                names = [
+                    f"parameter {index} of group {group_index}, shape {list(p.shape)}"
+                    for index, p in zip(indices, parameters, strict=True)
+                ]
+                systems.append(_System(" and ".join(names), parameters, group))
         if trainable and not systems:
             raise RuntimeError(
                 "step() found no gradient. Call loss.backward() and then "
                 "model.backward_hessian(output_hessian) before step()."
             )
         return systems
+
+
+def _together(parameters: Sequence[Parameter]) -> list[list[int]]:
+    """Which parameters with a gradient make a system: one, or a weight and its bias.
+
+    Raises:
+        RuntimeError: one of two parameters with a joint block has no gradient, or is
+            in another group.
+    """
+    alone: list[list[int]] = []
+    joint: dict[JointBlock, dict[int, int]] = {}
+    for index, p in enumerate(parameters):
+        if not p.requires_grad or p.grad is None:
+            continue
+        hessian = getattr(p, "hessian", None)
+        if isinstance(hessian, JointPart) and getattr(p, "hvp", None) is None:
+            joint.setdefault(hessian.joint, {})[hessian.index] = index
+        else:
+            alone.append([index])
+    for members in joint.values():
+        if len(members) == 1:
+            (index,) = members.values()
+            raise RuntimeError(
+                f"Parameter {index} of a group, shape {list(parameters[index].shape)}, "
+                "shares a joint block with another that has no gradient or p.hvp, or "
+                "is in another group. Put weight and bias in one group, or call "
+                "set_hbp_blocks(joint_bias=False)."
+            )
+    pairs = [[members[0], members[1]] for members in joint.values()]
+    return sorted(alone + pairs)
 
 
 class Facts(NamedTuple):
@@ -218,19 +250,34 @@ class Facts(NamedTuple):
 class _System:
     """[(1-α)H + αI] d = g for one parameter, in the coordinates that H allows.
 
-    Its solution is the d of the step with the sign turned: θ ← θ - lr·d.
+    A weight and a bias that share a joint block are one system. H may fall into
+    independent blocks; each has a reduction of its own.
+
+    The solution is the d of the step with the sign turned: θ ← θ - lr·d.
+
+    Attributes:
+        parameters: One, or weight and bias.
     """
 
     def __init__(
-        self, name: str, parameter: Parameter, options: dict[str, Any]
+        self, name: str, parameters: Sequence[Parameter], options: dict[str, Any]
     ) -> None:
         self.name = name
-        self.parameter = parameter
+        self.parameters = parameters
         self.options = options
-        self.reduction = self._curvature().reduce(self._gradient())
+        curvatures = [self._curvature(p) for p in parameters]
+        gradients = [self._gradient(p) for p in parameters]
+        self._joint = None
+        operator, gradient = curvatures[0], gradients[0]
+        if isinstance(operator, JointPart):
+            self._joint = operator.joint
+            operator = self._joint.operator
+            columns = (gradient.unsqueeze(1) for gradient in gradients)
+            gradient = self._joint.gather(*columns).squeeze(1)
+        self.reductions = operator.reductions(gradient)
 
-    def _gradient(self) -> Tensor:
-        gradient = self.parameter.grad
+    def _gradient(self, parameter: Parameter) -> Tensor:
+        gradient = parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
             raise RuntimeError(
@@ -238,8 +285,7 @@ class _System:
             )
         return gradient.flatten()
 
-    def _curvature(self) -> SymmetricOperator:
-        p = self.parameter
+    def _curvature(self, p: Parameter) -> SymmetricOperator:
         product = getattr(p, "hvp", None)
         if product is not None:
             return MatrixFree(product, p.numel(), p.dtype, p.device)
@@ -266,11 +312,12 @@ class _System:
     @property
     def rhs(self) -> Tensor:
         """g in coordinates, [k]."""
-        return self.reduction.rhs
+        return torch.cat([reduction.rhs for reduction in self.reductions])
 
     def parts(self) -> list[Damped]:
         """The system for conjugate gradients, as independent ones."""
-        o, parts = self.options, self.reduction.parts()
+        o = self.options
+        parts = [part for reduction in self.reductions for part in reduction.parts()]
         stop = o["cg_tol"], o["cg_atol"], o["cg_maxiter"]
         shares = _shares([rhs for _, rhs in parts])
         return [
@@ -312,18 +359,36 @@ class _System:
             "finite?"
         )
 
-    def apply(self, y: Tensor) -> None:
-        """θ ← θ - lr·d for the d with coordinates y."""
-        p, lr = self.parameter, self.options["lr"]
-        if p.is_contiguous():
-            self.reduction.add_to(p.view(-1), y, scale=-lr)
-        else:
-            step = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            self.reduction.add_to(step.view(-1), y, scale=-lr)
-            p.add_(step)
+    def join(self, solutions: Sequence[Tensor]) -> list[Tensor]:
+        """The coordinates of d by reduction, from those by part."""
+        remaining = iter(solutions)
+        counts = [len(reduction.parts()) for reduction in self.reductions]
+        pairs = zip(self.reductions, counts, strict=True)
+        return [r.join(list(islice(remaining, count))) for r, count in pairs]
+
+    def apply(self, coordinates: Sequence[Tensor]) -> None:
+        """θ ← θ - lr·d for the d with these coordinates, by reduction."""
+        first = self.parameters[0]
+        if self._joint is None and first.is_contiguous():
+            self._add_to(first.view(-1), coordinates)
+            return
+        size = sum(p.numel() for p in self.parameters)
+        step = first.new_zeros(size)
+        self._add_to(step, coordinates)
+        steps = [step.unsqueeze(1)]
+        if self._joint is not None:
+            steps = list(self._joint.scatter(step.unsqueeze(1)))
+        for p, own in zip(self.parameters, steps, strict=True):
+            p.add_(own.reshape(p.shape))
+
+    def _add_to(self, target: Tensor, coordinates: Sequence[Tensor]) -> None:
+        sizes = [reduction.size for reduction in self.reductions]
+        rows = zip(self.reductions, target.split(sizes), coordinates, strict=True)
+        for reduction, part, y in rows:
+            reduction.add_to(part, y, scale=-self.options["lr"])
 
 
-def _solve(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, StepInfo]]:
+def _solve(systems: Sequence[_System]) -> dict[_System, tuple[list[Tensor], StepInfo]]:
     """The coordinates of d, and what happened, for every system.
 
     Raises:
@@ -335,14 +400,14 @@ def _solve(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, StepInfo]]
     return {s: (solved[s][0], s.info(solved[s][1])) for s in systems}
 
 
-def _by_cg(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, Facts]]:
+def _by_cg(systems: Sequence[_System]) -> dict[_System, tuple[list[Tensor], Facts]]:
     """The coordinates of d by conjugate gradients, part by part."""
     parts = {system: system.parts() for system in systems}
     solutions = iter(_solve_parts([part for own in parts.values() for part in own]))
     solved = {}
     for system, own in parts.items():
         directions, facts = zip(*islice(solutions, len(own)), strict=True)
-        solved[system] = system.reduction.join(directions), _combine(facts)
+        solved[system] = system.join(directions), _combine(facts)
     return solved
 
 
@@ -395,7 +460,9 @@ def _combine(parts: Sequence[Facts]) -> Facts:
     )
 
 
-def _directly(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, Facts]]:
+def _directly(
+    systems: Sequence[_System],
+) -> dict[_System, tuple[list[Tensor], Facts]]:
     """The coordinates of d by factorisation."""
     groups: dict[object, list[_System]] = {}
     for system in systems:
@@ -404,28 +471,33 @@ def _directly(systems: Sequence[_System]) -> dict[_System, tuple[Tensor, Facts]]
     solved = {}
     for group in groups.values():
         directions, facts = _factorise(group)
-        for system, d, fact in zip(group, directions, _read(facts), strict=True):
-            solved[system] = d, fact
+        found = iter(zip(directions, _read(facts), strict=True))
+        for system in group:
+            own = islice(found, len(system.reductions))
+            ds, fs = zip(*own, strict=True)
+            solved[system] = list(ds), _combine(fs)
     return solved
 
 
 def _factorise(group: Sequence[_System]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The coordinates of d by factorisation, and ``Facts`` on the device."""
+    """The coordinates of d by reduction, and ``Facts`` on the device."""
     directions, norms, sizes, descents, margins = [], [], [], [], []
     for system in group:
-        alpha, operator = system.options["alpha"], system.reduction.operator
-        d, margin = system.reduction.solve_damped(alpha)
-        residual = alpha * d - system.rhs
-        k = operator.shape[0]
-        operator.add_product(residual[:k, None], d[:k, None], 1 - alpha)
-        directions.append(d)
-        norms.append(torch.linalg.vector_norm(residual))
-        sizes.append(torch.linalg.vector_norm(d))
-        descents.append(d @ system.rhs)
-        margins.append(margin)
+        alpha = system.options["alpha"]
+        solved = solve_reductions(system.reductions, alpha)
+        for reduction, (d, margin) in zip(system.reductions, solved, strict=True):
+            operator, rhs = reduction.operator, reduction.rhs
+            residual = alpha * d - rhs
+            k = operator.shape[0]
+            operator.add_product(residual[:k, None], d[:k, None], 1 - alpha)
+            directions.append(d)
+            norms.append(torch.linalg.vector_norm(residual))
+            sizes.append(torch.linalg.vector_norm(d))
+            descents.append(d @ rhs)
+            margins.append(margin)
     zero = torch.zeros_like(torch.stack(margins))
-    solved = map(torch.stack, (sizes, descents, margins))
-    return directions, [zero, torch.stack(norms), zero + 1, zero, *solved]
+    stacked = map(torch.stack, (sizes, descents, margins))
+    return directions, [zero, torch.stack(norms), zero + 1, zero, *stacked]
 
 
 def _read(facts: Sequence[Tensor]) -> list[Facts]:
