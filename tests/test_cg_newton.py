@@ -128,7 +128,10 @@ def test_cg_and_direct_take_the_same_step(scheme: tuple, treatment: str) -> None
 def test_compressed_iterates_are_those_of_the_full_block(
     rows: int, maxiter: int
 ) -> None:
-    """Step by step: CG in out·rank + 1 numbers is CG on out·in numbers."""
+    """Step by step: CG in out·rank + 1 numbers is CG on out·in numbers.
+
+    Here all rows make one part; of several, see ``test_parts``.
+    """
     H, F, alpha = spd(4), randn(rows, 5), 0.05
     p = parameter(4, 5)
     p.grad, p.hessian = randn(4, 5), KroneckerBlock(DenseOperator(H), F)

@@ -355,16 +355,17 @@ def test_peak_memory(solver: str, treatment: str | None) -> None:
         assert peak <= plain + copy + largest
 
 
-@pytest.mark.parametrize("batch", [32, 64, 100])
+@pytest.mark.parametrize("batch", [32, 64])
 def test_peak_memory_of_the_averaged_product(batch: int) -> None:
     """No copy of the inputs, and no array of the weights' size.
 
-    Measured beyond momentum, in copies of the parameters: MEASURED.
+    Measured beyond momentum, in copies of the parameters: 1.08 and 1.17 of the 1.40
+    that are allowed. Most of it are CG's vectors, of features × batch numbers each; a
+    copy of the inputs would add 0.10 and 0.20, and the projection of B a whole one.
     """
     copy, largest = sizes_in_bytes()
     peak, _, _ = training_memory("cg", batch, average=False)
     momentum, _, _ = training_memory("momentum", batch)
-    print("RATIO", batch, (peak - momentum) / copy, 1 + largest / copy)
     assert peak <= momentum + copy + largest
 
 

@@ -25,7 +25,7 @@ from hbp.operators import (
 from hbp.optim.cg import check_cg_options
 from hbp.optim.lockstep import CHECK_EVERY, Damped, cg_lockstep
 
-LOCKSTEP_UNKNOWNS: Final = 2**13
+LOCKSTEP_UNKNOWNS: Final = 2**12
 """Systems of more unknowns are solved one by one: they gain nothing from company.
 
 In company, short vectors are padded to the longest. With 2**16, those of a network with
