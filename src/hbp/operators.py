@@ -1127,9 +1127,7 @@ class DirectSum(SymmetricOperator):
 
     def reductions(self, b: Tensor) -> list[Reduction]:
         parts = zip(self.blocks, b.split(self._sizes), strict=True)
-        return [
-            reduction for block, part in parts for reduction in block.reductions(part)
-        ]
+        return [r for block, part in parts for r in block.reductions(part)]
 
     def solve_damped(
         self, columns: Tensor, weight: float | Tensor, shift: float

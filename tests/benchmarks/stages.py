@@ -74,7 +74,9 @@ def solve_and_update(optimizer: CGNewton, device: str) -> tuple[float, float]:
     turn: list[float] = []
     apply = cg_newton._System.apply
 
-    def apply_and_note_the_first(system: cg_newton._System, y: Tensor) -> None:
+    def apply_and_note_the_first(
+        system: cg_newton._System, y: Sequence[Tensor]
+    ) -> None:
         if not turn:
             turn.append(now(device))
         apply(system, y)

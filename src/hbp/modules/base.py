@@ -343,7 +343,7 @@ class HBPModule(nn.Module):
             raise TypeError(f"joint_bias={joint_bias!r} must be True or False.")
         for module in self.modules():
             if isinstance(module, HBPModule) and hasattr(module, "sub_blocks"):
-                module.sub_blocks, module.joint_bias = sub_blocks, joint_bias
+                vars(module).update(sub_blocks=sub_blocks, joint_bias=joint_bias)
 
     def backward_hessian(
         self,
