@@ -466,7 +466,14 @@ def test_report_says_where_it_comes_from(report: dict) -> None:
 
 def test_report_has_all_sections(report: dict) -> None:
     part = report["float32"]
-    assert set(part) == {"steps", "stages", "ceilings", "memory", "growth"}
+    assert set(part) == {
+        "steps",
+        "stages",
+        "ceilings",
+        "memory",
+        "growth",
+        "convolution",
+    }
     assert next(iter(part["steps"]["initialisation"]["methods"])) == "SGD, momentum"
     assert "skipped" in part["steps"]["mid-training"]
     assert set(part["stages"]["initialisation"]) == {"hbp, cg", "hbp, direct"}

@@ -45,6 +45,8 @@ def tables(report: Json) -> dict[str, str]:
     for prefix, part in sections(report):
         pages[f"{prefix}steps"] = steps(part["steps"])
         pages[f"{prefix}growth"] = growth(part["growth"])
+        pages[f"{prefix}convolution"] = steps(part["convolution"]["steps"])
+        pages[f"{prefix}convolution-memory"] = memory(part["convolution"]["memory"])
         pages[f"{prefix}memory"] = memory(part["memory"])
         pages[f"{prefix}ceilings"] = ceilings(part["ceilings"], report["settings"])
         for point, methods in measured(part["stages"]).items():

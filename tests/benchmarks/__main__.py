@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import growth, memory, peers, points, stages, table
+from benchmarks import convolution, growth, memory, peers, points, stages, table
 from benchmarks.measure import ROOT, STILL, precision, provenance
 from benchmarks.steps import ALPHA, CG_MAXITER, CG_TOL, OWN, Newton
 from hbp import set_seeds
@@ -136,7 +136,7 @@ def section(
             name: stages.measure(step, sizes, images, labels, plan.rounds)
             for name, step in newtons.items()
         }
-    print("ceilings, memory, growth", flush=True)
+    print("ceilings, memory, growth, convolutions", flush=True)
     start = problem.models["initialisation"]
     assert isinstance(start, nn.Module)
     return {
@@ -148,6 +148,9 @@ def section(
         "memory": memory.measure(start, methods, images, labels),
         "growth": growth.measure(
             shapes, device, plan.growth_rounds, plan.growth_budget
+        ),
+        "convolution": convolution.measure(
+            device, plan.rounds, plan.budget, quick=plan is QUICK
         ),
     }
 

@@ -63,6 +63,11 @@ class Newton:
         self.model.backward_hessian(hessian, modify_2nd_order_terms="abs")
         self.optimizer.step()
 
+    def split(self, sub_blocks: int) -> Newton:
+        """The same, with blocks of fewer output features."""
+        self.model.set_hbp_blocks(sub_blocks)
+        return self
+
     def products(self) -> list[int]:
         """CG's products in the last step by layer, weight and bias together."""
         infos = self.optimizer.last_step
@@ -150,6 +155,14 @@ def direct(model: nn.Module, lr: float) -> Step:
     return Newton(model, lr, "direct")
 
 
+def direct_in_4_blocks(model: nn.Module, lr: float) -> Step:
+    return Newton(model, lr, "direct").split(4)
+
+
+def direct_in_16_blocks(model: nn.Module, lr: float) -> Step:
+    return Newton(model, lr, "direct").split(16)
+
+
 def averaged_products_of_slopes(model: nn.Module, lr: float) -> Step:
     return Newton(model, lr, average_input_jacobian=False)
 
@@ -169,6 +182,8 @@ OWN: dict[str, tuple[Make, float]] = {
     "Adam": (adam, 1e-3),
     "hbp, cg": (Newton, 0.15),
     "hbp, direct": (direct, 0.15),
+    "hbp, direct, 4 sub-blocks": (direct_in_4_blocks, 0.15),
+    "hbp, direct, 16 sub-blocks": (direct_in_16_blocks, 0.15),
     "hbp, cg, E[φ'φ'ᵀ]": (averaged_products_of_slopes, 0.15),
     "hbp, cg, E[xxᵀ]": (averaged_products_of_inputs, 0.15),
     "hbp, cg, E[φ'φ'ᵀ], E[xxᵀ]": (averaged_products, 0.15),
