@@ -75,7 +75,7 @@ def measure(device: str, rounds: int, budget: float, quick: bool) -> dict[str, o
     model = model.to(device)
     size = 4 if quick else BATCH
     batches = list(zip(images.split(size), labels.split(size), strict=True))
-    first = tuple(part.to(device) for part in batches[0])
+    first, first_labels = (part.to(device) for part in batches[0])
     start = copy.deepcopy(model)
     train = Newton(model, 0.1)
     for part, targets in batches:
@@ -85,7 +85,7 @@ def measure(device: str, rounds: int, budget: float, quick: bool) -> dict[str, o
         "initialisation": start,
         f"after {len(batches)} steps": model,
     }.items():
-        measured = table.measure(point, METHODS, *first, rounds, budget)
+        measured = table.measure(point, METHODS, first, first_labels, rounds, budget)
         steps[name] = asdict(measured)
     # The profiler's trace of an exact step is large; one method less.
     averaged = {name: METHODS[name] for name in ("SGD, momentum", "hbp, cg")}
@@ -93,5 +93,5 @@ def measure(device: str, rounds: int, budget: float, quick: bool) -> dict[str, o
         "batch": size,
         "lr": STILL,
         "steps": steps,
-        "memory": memory.measure(start, averaged, *first),
+        "memory": memory.measure(start, averaged, first, first_labels),
     }
