@@ -38,10 +38,11 @@ from hbp.operators import (
     attach_hessian,
 )
 
-# In float64, relative to the largest eigenvalue. Measured over all kinds below: 8e-16
-# for decompositions, 5e-15 for Lanczos at tolerance 0, 4e-14 for condition numbers.
+# In float64, relative to the largest eigenvalue. Measured over all kinds below and five
+# seeds: 2e-15, by decomposition and by Lanczos at tolerance 0; 7e-16 for the rest.
 EXACT = 1e-13
-CONDITION = 1e-12
+# The condition number's own condition is the condition number. Measured: 5e-16.
+CONDITION = 1e-14
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -150,7 +151,7 @@ def test_lanczos_on_any_spectrum(
     """Ten tenths on either side make clusters, zeros and copies.
 
     The values never leave the spectrum, the residuals are what they are said to be,
-    and an eigenvalue stands within each. The first two take up to 2e-15.
+    and an eigenvalue stands within each. Round-off, measured over 400 spectra: 3e-15.
     """
     basis = torch.linalg.qr(randn(len(spectrum), len(spectrum))).Q
     matrix = basis * torch.tensor(spectrum, dtype=torch.float64) @ basis.T
@@ -173,7 +174,7 @@ def test_lanczos_on_any_spectrum(
     assert (found.smallest.diff() >= 0).all()
     assert (found.largest.diff() <= 0).all()
     if tolerance == 0:
-        # With copies, up to count of them. Measured: 3e-15.
+        # With copies, up to count of them.
         ends_are(found, dense, count, EXACT)
 
 
@@ -190,8 +191,8 @@ def test_rank_one_ends_the_iteration(dtype: torch.dtype, count: int, n: int) -> 
     found = extremal_eigenvalues(operator, count)
     expected = torch.zeros(count, dtype=torch.float64)
     expected[0] = vector.double().square().sum()
-    # Measured: 8 eps in float64, 40 eps in float32, which sums 100 000 squares.
-    atol = 500 * torch.finfo(dtype).eps
+    # Measured: 42 eps in float64, 203 in float32, which sums 100 000 squares.
+    atol = 1000 * torch.finfo(dtype).eps
     torch.testing.assert_close(found.largest.double(), expected, rtol=0, atol=atol)
     zeros = torch.zeros(count, dtype=torch.float64)
     torch.testing.assert_close(found.smallest.double(), zeros, rtol=0, atol=atol)
@@ -251,7 +252,7 @@ def test_iteration_that_is_cut_short() -> None:
     assert float(found.largest_residuals[0]) > 1e-3
     enough = extremal_eigenvalues(operator)
     assert enough.converged
-    # A bound of 2e-4 on the residual; the values are better. Measured: 1.2e-6.
+    # A bound of 2e-4 on the residual; the values are better. Measured: 6e-7.
     assert float(enough.largest[0]) == pytest.approx(2, abs=1e-5)
     assert float(enough.smallest[0]) == pytest.approx(-1, abs=1e-5)
 
@@ -326,12 +327,12 @@ def test_condition(kind: str, make: Any, alpha: float) -> None:
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("sign", [1, -1])
 def test_condition_of_a_large_definite_matrix(sign: int) -> None:
-    """From the two ends; by default to tolerance 1e-4, which measured 1e-9 here."""
+    """From the two ends, whose residuals are below 1e-4. Measured: 4e-7."""
     H = sign * (spd(50) + 0.5 * torch.eye(50, dtype=torch.float64))
     operator = matrix_free(H)
     # (1-α)A + αI is negative definite, too, for a small α.
     expected = np.linalg.cond(0.9 * H.numpy() + 0.1 * np.eye(50))
-    assert condition_number(operator, 0.1) == pytest.approx(expected, rel=1e-6)
+    assert condition_number(operator, 0.1) == pytest.approx(expected, rel=1e-5)
 
 
 def test_condition_of_a_singular_matrix() -> None:
@@ -373,7 +374,7 @@ def test_trace_is_exact_with_products_enough(kind: str, make: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_trace_of_low_rank_is_exact(dtype: torch.dtype) -> None:
-    """Rank 16 is what the first third of 48 products can hold. Measured: 6 eps."""
+    """Rank 16 is what the first third of 48 products can hold. Measured: 4 eps."""
     factor = randn(16, 3000, dtype=dtype) / 3000**0.5
     signs = torch.tensor([1, -0.5] * 8, dtype=dtype)
     expected = float((signs.double() * factor.double().square().sum(1)).sum())
@@ -386,7 +387,7 @@ def test_trace_of_low_rank_is_exact(dtype: torch.dtype) -> None:
 def test_trace_errors_are_calibrated() -> None:
     """Deviations in units of the standard error: mean 0, standard deviation 1.
 
-    Measured over the 300 seeds: mean 0.04 and deviation 1.04. Sixteen samples give
+    Measured over the 300 seeds: mean -0.04 and deviation 1.14. Sixteen samples give
     Student's distribution of 15 degrees of freedom, whose deviation is 1.07.
     """
     H = indefinite(100) + 30 * spd(100)
@@ -394,7 +395,7 @@ def test_trace_errors_are_calibrated() -> None:
     estimates = [estimate_trace(operator, seed=seed) for seed in range(300)]
     z = np.array([(e.value - trace) / e.standard_error for e in estimates])
     assert abs(z.mean()) < 0.25
-    assert 0.85 < z.std() < 1.25
+    assert 0.9 < z.std() < 1.3
     spent = []
     counting = MatrixFree(lambda v: spent.append(1) or H @ v, 100, H.dtype, H.device)
     estimate_trace(counting, products=50)
@@ -405,7 +406,7 @@ def test_more_products_less_error() -> None:
     operator = DenseOperator(indefinite(200))
     few = np.mean([estimate_trace(operator, 12, s).standard_error for s in range(20)])
     many = np.mean([estimate_trace(operator, 120, s).standard_error for s in range(20)])
-    # By √10 for Hutchinson alone; measured: 0.21, as the projection helps.
+    # √10 times less; measured: 0.31. The spectrum is flat: projection gains little.
     assert many < 0.4 * few
 
 
@@ -500,8 +501,8 @@ def test_comparison_by_decomposition(kind: str) -> None:
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("field", ["distance", "cosine"])
 def test_comparison_errors_are_calibrated(field: str) -> None:
-    """As for the trace. Measured over 200 seeds: means 0.09 and -0.03, deviations
-    0.97 and 1.03. To first order only, so the mean is not quite 0.
+    """As for the trace. Measured over 200 seeds: means 0.08 and 0.04, deviations
+    0.97 and 1.04. To first order only, so the mean is not quite 0.
     """
     H = indefinite(40)
     A, B = DenseOperator(H + 20 * spd(40)), DenseOperator(H)
@@ -591,9 +592,9 @@ def test_report(treatment: str, scheme: bool) -> None:
 
 @pytest.mark.usefixtures("large")
 def test_report_of_large_blocks() -> None:
-    """The same numbers, but for what products cannot tell. Measured: 2e-9."""
+    """The same numbers, but for what products cannot tell. Measured: 4e-16."""
     model = trained("none")
-    report_is_right(model, 0.3, 1e-6)
+    report_is_right(model, 0.3, 1e-12)
     rows = inspect_curvature(model, 0.3).rows
     assert [row.negative_mass for row in rows] == [None] * 4
     assert [row.negative_share for row in rows] == [None] * 4
