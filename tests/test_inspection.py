@@ -286,6 +286,15 @@ def test_weight_takes_lanczos_on_its_outputs(
     assert ratio == pytest.approx(top)
 
 
+def test_rows_too_many_to_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the block is multiplied as any other."""
+    monkeypatch.setattr(inspection, "SMALL", 5)
+    monkeypatch.delattr(torch.linalg, "svdvals")
+    H, F = spd(3), randn(7, 6)
+    found = extremal_eigenvalues(KroneckerBlock(DenseOperator(H), F), 1, 0.0)
+    ends_are(found, np.kron(H.numpy(), (F.T @ F).numpy()), 1, EXACT)
+
+
 def test_same_seed_same_numbers() -> None:
     values = torch.linspace(-1, 2, 1500, dtype=torch.float64)
     operator = matrix_free(torch.diag(values))
@@ -341,6 +350,11 @@ def test_condition_of_a_singular_matrix() -> None:
     assert condition_number(rank_one, 0.0) == np.inf
     flat = torch.ones(3, 3)  # Its zeros come out as 1e-8.
     assert condition_number(DenseOperator(flat), 0.0) == np.inf
+    # The damping cancels an eigenvalue, up to round-off.
+    values = torch.tensor([1, 2, -0.02 / 0.98], dtype=torch.float64)
+    basis = torch.linalg.qr(randn(3, 3)).Q
+    cancelled = DenseOperator(basis * values @ basis.T)
+    assert condition_number(cancelled, 0.02) == np.inf
 
 
 @pytest.mark.usefixtures("large")
@@ -355,6 +369,10 @@ def test_unknown_conditions_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert condition_number(matrix_free(torch.diag(values)), 0.5) == pytest.approx(
         2, rel=1e-4
     )
+    # They shrink with the matrix: 20 would leave it open, 1 % of it does not.
+    steep = matrix_free(torch.diag(2e5 * values))
+    assert float(extremal_eigenvalues(steep).smallest_residuals[0]) > 1
+    assert condition_number(steep, 0.99) == pytest.approx(2000.99 / 0.992, rel=1e-2)
 
 
 # --------------------------------------------------------------------------------------
@@ -654,7 +672,8 @@ def test_unconverged_eigenvalues_are_marked(monkeypatch: pytest.MonkeyPatch) -> 
     attach_hessian(layer.weight, operator)
     short = extremal_eigenvalues(operator, maxiter=3)
     monkeypatch.setattr(inspection, "extremal_eigenvalues", lambda *_, **__: short)
-    report = inspect_curvature(layer, 0.1)
+    # Definite beyond doubt, so that only convergence is missing.
+    report = inspect_curvature(layer, 0.9)
     assert not report.rows[0].converged
     assert report.rows[0].condition is None
     assert len(re.findall(r"\d\?", str(report))) == 2
