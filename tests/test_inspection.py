@@ -543,6 +543,8 @@ def test_multiples(n: int, scale: float) -> None:
     H = spd(n).float() * scale
     same = compare_curvature(DenseOperator(H), matrix_free(H), samples=20)
     assert same == pytest.approx((0, 0, 1, 0), abs=1e-5)
+    itself = compare_curvature(DenseOperator(H), DenseOperator(H), samples=20)
+    assert itself[:2] == (0, 0)
     twice = compare_curvature(DenseOperator(-2 * H), DenseOperator(H), samples=20)
     assert twice == pytest.approx((3, 0, -1, 0), abs=1e-6)
 
@@ -621,20 +623,21 @@ def test_report_of_large_blocks() -> None:
 
 @pytest.mark.parametrize("wrap", [True, False])
 def test_estimated_traces_say_so(wrap: bool) -> None:
-    """A diagonal that takes 1500 products is estimated, here and under a weight."""
-    H = spd(1500) if wrap else indefinite(1500)
-    hidden = Untouchable(lambda v: H @ v, 1500, H.dtype, H.device)
-    layer = hbp.HBPLinear(1, 1500).double()
+    """A diagonal that takes 1100 products is estimated, here and under a weight."""
+    H = spd(1100) if wrap else indefinite(1100)
+    hidden = Untouchable(lambda v: H @ v, 1100, H.dtype, H.device)
+    layer = hbp.HBPLinear(1, 1100).double()
     attach_hessian(layer.bias, DirectSum([hidden]) if wrap else hidden)
     row = torch.full((1, 1), 2.0, dtype=torch.float64)
     attach_hessian(layer.weight, KroneckerBlock(hidden, row))
-    weight, bias = inspect_curvature(layer, 0.1).rows
+    report = inspect_curvature(layer, 0.1)
+    weight, bias = report.rows
     assert bias.trace_error > 0
     assert abs(bias.trace - float(H.trace())) < 4 * bias.trace_error
     assert weight.trace == pytest.approx(4 * bias.trace)
     assert weight.trace_error == pytest.approx(4 * bias.trace_error)
     assert bias.negative_mass is None
-    line = str(inspect_curvature(layer, 0.1)).splitlines()[2]
+    line = str(report).splitlines()[2]
     assert f"{bias.trace:.3g}±{bias.trace_error:.1g}" in line
     assert line.split()[-2:] == ["-", "-"]
 
