@@ -201,6 +201,33 @@ def test_rank_one_ends_the_iteration(dtype: torch.dtype, count: int, n: int) -> 
     assert found.largest.dtype == dtype
 
 
+@pytest.mark.parametrize("n", [7, 2000])
+def test_round_off_is_no_direction(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Not even if it is underestimated: it lies within the space, and is dropped."""
+    monkeypatch.setattr(inspection, "SMALL", 0)
+    monkeypatch.setattr(inspection, "_round_off", lambda _: 0.0)
+    factor = randn(2, n) / n**0.5
+    operator = of_rank(n, factor, torch.ones(2, dtype=torch.float64))
+    found = extremal_eigenvalues(operator, 3, tolerance=0.0)
+    expected = torch.zeros(3, dtype=torch.float64)
+    expected[:2] = torch.linalg.svdvals(factor).square()
+    # Measured: 2e-15.
+    torch.testing.assert_close(found.largest, expected, rtol=0, atol=1e-13)
+    assert found.products <= 5
+
+
+def test_working_precision_ends_the_iteration() -> None:
+    """Two eigenvalues stand out, and 1500 more are not waited for."""
+    values = torch.cat([torch.tensor([-5.0, 10.0]), torch.linspace(0, 1, 1500)])
+    values = values.double()
+    operator = Untouchable(lambda v: values * v, 1502, values.dtype, values.device)
+    found = extremal_eigenvalues(operator, tolerance=0.0)
+    assert float(found.smallest[0]) == pytest.approx(-5, abs=1e-12)
+    assert float(found.largest[0]) == pytest.approx(10, abs=1e-12)
+    assert found.converged
+    assert found.products < 40
+
+
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("value", [0.0, -2.5])
 @pytest.mark.parametrize("n", [1, 7])
