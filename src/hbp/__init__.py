@@ -5,6 +5,12 @@ Feedforward Architectures", AISTATS 2020, arXiv 1902.01813.
 """
 
 from hbp.convert import convert as convert
+from hbp.inspection import compare_curvature as compare_curvature
+from hbp.inspection import condition_number as condition_number
+from hbp.inspection import estimate_trace as estimate_trace
+from hbp.inspection import extremal_eigenvalues as extremal_eigenvalues
+from hbp.inspection import inspect_curvature as inspect_curvature
+from hbp.inspection import negative_mass as negative_mass
 from hbp.losses import batch_summed_hessian as batch_summed_hessian
 from hbp.losses import output_hessian as output_hessian
 from hbp.losses import per_sample_hessian as per_sample_hessian
