@@ -227,7 +227,7 @@ def extremal_eigenvalues(
         and count <= operator.outer.shape[0]
     ):
         ends = extremal_eigenvalues(operator.outer, count, tolerance, maxiter, seed)
-        return _times_inner(ends, operator.rows, count)
+        return _times_inner(ends, operator.rows * operator.weight**0.5, count)
     return _lanczos(operator, count, tolerance, maxiter, _generator(seed))
 
 
@@ -643,7 +643,7 @@ def _trace(operator: SymmetricOperator, seed: int) -> TraceEstimate:
     """The closed form, or an estimate where it would form a large matrix."""
     if isinstance(operator, KroneckerBlock):
         outer = _trace(operator.outer, seed)
-        inner = float(operator.rows.square().sum())
+        inner = float(operator.rows.square().sum() * operator.weight)
         return TraceEstimate(outer.value * inner, outer.standard_error * inner)
     if _has_hidden_diagonal(operator):
         return estimate_trace(operator, seed=seed)
