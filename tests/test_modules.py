@@ -534,7 +534,7 @@ def test_the_chain_stops_at_the_first_trainable_layer() -> None:
     H = torch.eye(3, dtype=torch.float64)
     model.backward_hessian(H)
     close(model[1].bias.hessian.to_dense(), H)
-    with pytest.raises(TypeError, match="NoRule defines no rule _jacobian"):
+    with pytest.raises(TypeError, match="NoRule defines no rule jacobian"):
         model.backward_hessian(H, compute_input_hessian=True)
 
 

@@ -18,6 +18,9 @@ from hbp.modules import HBPCELU as HBPCELU
 from hbp.modules import HBPELU as HBPELU
 from hbp.modules import HBPGELU as HBPGELU
 from hbp.modules import HBPSELU as HBPSELU
+from hbp.modules import BilinearRule as BilinearRule
+from hbp.modules import ElementwiseRule as ElementwiseRule
+from hbp.modules import GeneralRule as GeneralRule
 from hbp.modules import HBPAdaptiveAvgPool1d as HBPAdaptiveAvgPool1d
 from hbp.modules import HBPAdaptiveAvgPool2d as HBPAdaptiveAvgPool2d
 from hbp.modules import HBPAdaptiveAvgPool3d as HBPAdaptiveAvgPool3d
@@ -64,6 +67,7 @@ from hbp.modules import HBPUnflatten as HBPUnflatten
 from hbp.modules import HBPZeroPad1d as HBPZeroPad1d
 from hbp.modules import HBPZeroPad2d as HBPZeroPad2d
 from hbp.modules import HBPZeroPad3d as HBPZeroPad3d
+from hbp.modules import LinearRule as LinearRule
 from hbp.operators import set_dense_limit as set_dense_limit
 from hbp.optim import CGNewton as CGNewton
 from hbp.optim import CGResult as CGResult

@@ -8,6 +8,7 @@ are columns, so J multiplies [x, k] from the left.
 | ``MatrixMap`` | a weight W, z = Wx |
 | ``DiagonalMap`` | diag(d): an elementwise layer |
 | ``FunctionMap`` | any linear function, on every sample |
+| ``DerivativeMap`` | any affine function, by automatic differentiation alone |
 | ``SelectionMap`` | weighted picks, z_o = Σ_j a_oj x_(index oj): pooling by maximum |
 | ``BiasMap`` | ∂z/∂b: a bias reaches every sample and position |
 | ``ReplicateMap`` | x ↦ (x, …, x) |
@@ -239,6 +240,57 @@ def transpose_by_autograd(
         x = batch.new_zeros(len(batch), *in_shape).requires_grad_()
         (result,) = torch.autograd.grad(function(x), x, batch)
     return result
+
+
+class DerivativeMap(LinearMap):
+    """J = ∂z/∂v of a function that is linear in v, up to a constant part.
+
+    Args:
+        function: v ↦ z, differentiable twice.
+        at: A v of the right shape, to differentiate at; any will do.
+        out_size: Entries of z.
+        reads: What else the function reads.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        at: Tensor,
+        out_size: int,
+        reads: Sequence[Watched] = (),
+    ) -> None:
+        self.in_size, self.out_size = at.numel(), out_size
+        self._function, self._at, self._reads = function, at.detach(), reads
+
+    def forward(self, columns: Tensor) -> Tensor:
+        # function(v) - function(0) would lose the digits of a small v next to a large
+        # constant. u ↦ Jᵀu is linear too, and its transpose is J.
+        with torch.enable_grad():
+            v, z = self._evaluate()
+            u = torch.zeros_like(z, requires_grad=True)
+            (back,) = torch.autograd.grad(z, v, u, create_graph=True)
+        return _batched_gradient(back, u, columns)
+
+    def transpose(self, columns: Tensor) -> Tensor:
+        v, z = self._evaluate()
+        return _batched_gradient(z, v, columns)
+
+    @torch.enable_grad()
+    def _evaluate(self) -> tuple[Tensor, Tensor]:
+        self.require_fresh()
+        v = self._at.clone().requires_grad_()
+        return v, self._function(v)
+
+    def require_fresh(self) -> None:
+        for tensor in self._reads:
+            _ = tensor.value
+
+
+def _batched_gradient(outputs: Tensor, inputs: Tensor, columns: Tensor) -> Tensor:
+    """(∂outputs/∂inputs)ᵀ times each column, [outputs, k] → [inputs, k]."""
+    each = columns.T.reshape(-1, *outputs.shape)
+    (rows,) = torch.autograd.grad(outputs, inputs, each, is_grads_batched=True)
+    return rows.flatten(1).T
 
 
 class DenseSampleMap(SampleMap):

@@ -31,8 +31,9 @@ from hbp.modules.elementwise import HBPSiLU as HBPSiLU
 from hbp.modules.elementwise import HBPSoftplus as HBPSoftplus
 from hbp.modules.elementwise import HBPSoftsign as HBPSoftsign
 from hbp.modules.elementwise import HBPTanh as HBPTanh
+from hbp.modules.general import BilinearRule as BilinearRule
+from hbp.modules.general import GeneralRule as GeneralRule
 from hbp.modules.linear import HBPLinear as HBPLinear
-from hbp.modules.normalization import GeneralRule as GeneralRule
 from hbp.modules.normalization import HBPBatchNorm1d as HBPBatchNorm1d
 from hbp.modules.normalization import HBPBatchNorm2d as HBPBatchNorm2d
 from hbp.modules.normalization import HBPBatchNorm3d as HBPBatchNorm3d

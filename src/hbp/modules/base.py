@@ -226,9 +226,10 @@ class HBPModule(nn.Module):
 
     A layer inherits from this class first and from its ``torch.nn`` counterpart
     second. It gives a ``forward`` that ends in ``self.record(...)``, the rule
-    ``_jacobian`` and, where they apply, ``_second_order`` and ``_parameter_jacobians``.
+    ``jacobian`` and, where they apply, ``second_order`` and ``parameter_jacobians``.
     ``_input_hessian`` and ``_parameter_hessians`` follow from them; a layer overrides
-    these only to be faster.
+    these only to be faster. ``ElementwiseRule``, ``LinearRule``, ``BilinearRule`` and
+    ``GeneralRule`` give all of these for layers of their kind.
 
     Nothing else of the ``torch.nn`` counterpart changes. The record is no buffer,
     is in no ``state_dict``, and is left out of copies and pickles.
@@ -408,7 +409,7 @@ class HBPModule(nn.Module):
         self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> SymmetricOperator:
         """H_x = JᵀH_z J + mod(Σ_k ∇²z_k δ_k), with the scheme's mean of JᵀH_z J."""
-        second_order = self._second_order(hessian_pass)
+        second_order = self.second_order(hessian_pass)
         outer, jacobian = output_hessian, self._jacobian
         if isinstance(outer, ZeroOperator):
             return self._second_order_alone(outer, second_order, hessian_pass)
@@ -431,13 +432,61 @@ class HBPModule(nn.Module):
         features = self.last_record.input_shape[1:].numel()
         return ZeroOperator(features * hessian_pass.samples, zero.dtype, zero.device)
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
-        """J = ∂z/∂x as the pass reads it; every layer has one."""
-        raise TypeError(f"{type(self).__name__} defines no rule _jacobian.")
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        """J = ∂z/∂x as the pass reads it; every layer has one.
 
-    def _second_order(self, hessian_pass: HessianPass) -> Tensor | None:
-        """The diagonal of mod(Σ_k ∇²z_k δ_k) as the pass reads it; None for 0."""
+        Args:
+            hessian_pass: ``mean`` takes the samples' derivatives to what it reads;
+                ``samples`` says for how many the map is.
+
+        Returns:
+            A map from [samples · features of x] to [samples · features of z].
+        """
+        raise TypeError(f"{type(self).__name__} defines no rule jacobian.")
+
+    def second_order(self, hessian_pass: HessianPass) -> Tensor | None:
+        """The diagonal of mod(Σ_k ∇²z_k δ_k) as the pass reads it; None for 0.
+
+        Args:
+            hessian_pass: ``total`` takes the samples' terms to what it reads;
+                ``treatment`` is mod, or None to drop the term.
+
+        Returns:
+            [samples · features of x].
+        """
         return None
+
+    def parameter_jacobians(
+        self, hessian_pass: HessianPass
+    ) -> Iterable[tuple[Tensor, LinearMap]]:
+        """Each parameter θ and J = ∂z/∂θ as the pass reads it; z is linear in each θ.
+
+        Args:
+            hessian_pass: As for ``jacobian``.
+
+        Returns:
+            Maps from [entries of θ] to [samples · features of z].
+        """
+        return ()
+
+    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        """``jacobian``, if it fits what was recorded; of a container, its parts'."""
+        jacobian = self.jacobian(hessian_pass)
+        entering = self.last_record.input_shape[1:].numel() * hessian_pass.samples
+        self._check_map("jacobian", jacobian, entering, hessian_pass)
+        return jacobian
+
+    def _check_map(
+        self, rule: str, jacobian: LinearMap, entering: int, hessian_pass: HessianPass
+    ) -> None:
+        """Raise unless a rule's map fits; matrices would broadcast, or fail far off."""
+        leaving = self.last_record.output_shape[1:].numel() * hessian_pass.samples
+        if (jacobian.out_size, jacobian.in_size) != (leaving, entering):
+            raise ValueError(
+                f"{rule} of {type(self).__name__} is a map of shape "
+                f"[{jacobian.out_size}, {jacobian.in_size}], but the pass reads "
+                f"{hessian_pass.samples} sample(s) and needs [{leaving}, {entering}]."
+            )
 
     def _parameter_hessians(
         self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
@@ -450,11 +499,12 @@ class HBPModule(nn.Module):
             count = self.last_record.input_shape[0]
             output_hessian = RepeatedOperator(output_hessian, count, 1 / count)
             hessian_pass = hessian_pass.exactly(count)
-        jacobians = {
-            parameter: jacobian
-            for parameter, jacobian in self._parameter_jacobians(hessian_pass)
-            if parameter.requires_grad
-        }
+        jacobians = {}
+        for parameter, jacobian in self.parameter_jacobians(hessian_pass):
+            rule = f"parameter_jacobians ({list(parameter.shape)})"
+            self._check_map(rule, jacobian, parameter.numel(), hessian_pass)
+            if parameter.requires_grad:
+                jacobians[parameter] = jacobian
         if getattr(self, "joint_bias", False) and len(jacobians) == 2:
             joint = Congruence(output_hessian, JointMap(*jacobians.values()))
             self._leave(tuple(jacobians), joint, hessian_pass)
@@ -479,12 +529,6 @@ class HBPModule(nn.Module):
             ]
             block = DirectSum(block.diagonal_blocks(sizes))
         hessian_pass.blocks.append((parameters, block))
-
-    def _parameter_jacobians(
-        self, hessian_pass: HessianPass
-    ) -> Iterable[tuple[Tensor, LinearMap]]:
-        """θ and J = ∂z/∂θ as the pass reads it; z is linear in each θ."""
-        return ()
 
     @property
     def last_record(self) -> Record:

@@ -192,13 +192,13 @@ class ConvolutionRule(HBPModule):
         """z = W ∗ x + b, [N, C, ...] → [N, out, ...]."""
         return self.record(input, super().forward(input), keep=input)
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         record = self.last_record
         shapes = record.input_shape[1:], record.output_shape[1:]
         options = Convolution(self)
         return ConvolutionMap(options, self.weight, hessian_pass.samples, *shapes)
 
-    def _parameter_jacobians(
+    def parameter_jacobians(
         self, hessian_pass: HessianPass
     ) -> Iterable[tuple[Tensor, LinearMap]]:
         record = self.last_record

@@ -74,7 +74,7 @@ class ElementwiseRule(HBPModule):
         products = slopes.T @ slopes / len(slopes)
         hessian_pass.finite(products, "derivative", self)
         matrix = products.mul_(output_hessian.to_dense())
-        second_order = self._second_order(hessian_pass)
+        second_order = self.second_order(hessian_pass)
         if second_order is not None:
             matrix.diagonal().add_(second_order)
         return DenseOperator(matrix)
@@ -84,11 +84,11 @@ class ElementwiseRule(HBPModule):
         kept = self.last_record.kept
         return hessian_pass.once(self, lambda: self.first_derivative(kept))
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         mean = hessian_pass.mean(self._slopes(hessian_pass))
         return DiagonalMap(hessian_pass.finite(mean, "mean derivative", self))
 
-    def _second_order(self, hessian_pass: HessianPass) -> Tensor | None:
+    def second_order(self, hessian_pass: HessianPass) -> Tensor | None:
         """mod(φ''(x_n) ⊙ δ_n), summed over the batch before or as it is."""
         if hessian_pass.treatment is None:
             return None

@@ -42,12 +42,12 @@ class HBPLinear(HBPModule, nn.Linear):
         """z = Wx + b, [N, in_features] → [N, out_features]."""
         return self.record(input, super().forward(input), keep=input)
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         if hessian_pass.is_exact:
             return DenseSampleMap(self.weight, hessian_pass.samples)
         return MatrixMap(self.weight)
 
-    def _parameter_jacobians(
+    def parameter_jacobians(
         self, hessian_pass: HessianPass
     ) -> Iterable[tuple[Tensor, LinearMap]]:
         x = hessian_pass.finite(self.last_record.kept, "input", self)

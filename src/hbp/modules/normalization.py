@@ -5,27 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import jacrev, vmap
 
-from hbp.maps import (
-    BiasMap,
-    ChainMap,
-    DiagonalMap,
-    JacobianMap,
-    LinearMap,
-    ReplicateMap,
-)
+from hbp.maps import BiasMap, ChainMap, DiagonalMap, LinearMap, ReplicateMap
 from hbp.modules.base import HBPModule, HessianPass
-from hbp.operators import (
-    OperatorSum,
-    SampleBlocks,
-    SymmetricOperator,
-    ZeroOperator,
-    fits_dense,
-)
+from hbp.modules.general import GeneralRule
 
 
 class BatchNormRule(HBPModule):
@@ -73,14 +58,14 @@ class BatchNormRule(HBPModule):
     def _positions(self) -> int:
         return self.last_record.input_shape[2:].numel()
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         scale = self._inverse_deviation
         if self.weight is not None:
             scale = scale * self.weight
         spread = scale.repeat_interleave(self._positions)
         return DiagonalMap(spread.repeat(hessian_pass.samples))
 
-    def _parameter_jacobians(
+    def parameter_jacobians(
         self, hessian_pass: HessianPass
     ) -> Iterable[tuple[Tensor, LinearMap]]:
         if self.weight is None:
@@ -112,81 +97,6 @@ class HBPBatchNorm3d(BatchNormRule, nn.BatchNorm3d):
     """``torch.nn.BatchNorm3d`` in eval mode that sends curvature backward."""
 
 
-class GeneralRule(HBPModule):
-    """z = f(x) for any smooth function f of one sample, by automatic differentiation.
-
-    Rule: H_x = JᵀH_z J + mod(Σ_k ∇²z_k δ_k), J = ∂z/∂x and the second-order term as
-    dense matrices, [features, features] for every sample. ``mod`` acts on the term's
-    eigenvalues. A subclass puts this class before the ``torch.nn`` layer that
-    computes f.
-    """
-
-    average_input_jacobian: bool = True
-
-    def forward(self, input: Tensor) -> Tensor:
-        """z = f(x), [N, ...] → [N, ...]."""
-        return self.record(input, super().forward(input), keep=input)
-
-    def _of_one(self, x: Tensor) -> Tensor:
-        """f of one sample, flattened."""
-        return super().forward(x.unsqueeze(0)).flatten()
-
-    def _input_hessian(
-        self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
-    ) -> SymmetricOperator:
-        first = super()._input_hessian(output_hessian, hessian_pass)
-        if hessian_pass.treatment is None:
-            return first
-        blocks = SampleBlocks(self._second_order_blocks(hessian_pass))
-        alone = isinstance(first, ZeroOperator)
-        return blocks if alone else OperatorSum([first, blocks])
-
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
-        x = self.last_record.kept
-        jacobians = vmap(jacrev(self._of_one))(x).flatten(2)
-        if not hessian_pass.is_exact:
-            jacobians = jacobians.mean(0, keepdim=True)
-        return JacobianMap(hessian_pass.finite(jacobians, "derivative", self))
-
-    def _second_order_blocks(self, hessian_pass: HessianPass) -> Tensor:
-        """mod(Σ_k ∇²z_k δ_k) of every sample, or of their sum, [samples, F, F]."""
-        record = self.last_record
-        x, delta = record.kept, record.output_gradient
-        if delta is None:
-            raise RuntimeError(
-                f"The second-order term of {self} needs the gradient w.r.t. its "
-                "output, but nothing before it requires one. Call "
-                "inputs.requires_grad_() before the forward pass, or choose 'zero'."
-            )
-
-        def projected(x: Tensor, delta: Tensor) -> Tensor:
-            return self._of_one(x) @ delta
-
-        features = x[0].numel()
-        blocks = vmap(jacrev(jacrev(projected)))(x, delta.flatten(1))
-        blocks = blocks.reshape(-1, features, features)
-        if not hessian_pass.is_exact:
-            blocks = blocks.sum(0, keepdim=True)
-        hessian_pass.finite(blocks, "second-order term", self)
-        assert hessian_pass.treatment is not None
-        values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
-        treated = hessian_pass.treatment(values).unsqueeze(1)
-        return (vectors * treated) @ vectors.mT
-
-    def _check_pass(self) -> None:
-        super()._check_pass()
-        before, after = self.last_record.input_shape, self.last_record.output_shape
-        entries = before.numel() * max(before[1:].numel(), after[1:].numel())
-        dtype, _ = self.last_record.kind
-        if not fits_dense(entries * dtype.itemsize):
-            raise MemoryError(
-                f"{self} forms a dense Jacobian for each of {before[0]} samples of "
-                f"{before[1:].numel()} features, "
-                f"{entries * dtype.itemsize / 2**30:.1f} GiB. Use a smaller batch, "
-                "or raise the limit by hbp.set_dense_limit()."
-            )
-
-
 class HBPLayerNorm(GeneralRule, nn.LayerNorm):
     """``torch.nn.LayerNorm``, z = γ x̂ + β, that sends curvature backward.
 
@@ -198,7 +108,7 @@ class HBPLayerNorm(GeneralRule, nn.LayerNorm):
 
     average_parameter_jacobian: bool = True
 
-    def _parameter_jacobians(
+    def parameter_jacobians(
         self, hessian_pass: HessianPass
     ) -> Iterable[tuple[Tensor, LinearMap]]:
         if self.weight is None:

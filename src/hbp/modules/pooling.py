@@ -75,7 +75,7 @@ class MaxPoolRule(HBPModule):
         _, index = pool(x, *options, self.ceil_mode, return_indices=True)
         return index.flatten(2)
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         chosen = hessian_pass.once(self, self._chosen)
         x = self.last_record.kept
         samples, channels, _ = chosen.shape

@@ -27,7 +27,7 @@ class LinearRule(HBPModule):
     def _map(self, batch: Tensor) -> Tensor:
         return super().forward(batch)
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         record = self.last_record
         shapes = record.input_shape[1:], record.output_shape[1:]
         return FunctionMap(self._map, hessian_pass.samples, *shapes)

@@ -1,0 +1,315 @@
+"""Check a layer of one's own against automatic differentiation.
+
+The judge is ``hbp.reference``, which knows nothing of the layer's rules: it
+differentiates ``forward``, sample by sample, and writes every matrix down.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hbp import reference
+from hbp.losses import per_sample_hessian
+from hbp.maps import LinearMap
+from hbp.modules.base import HBPModule, HessianPass
+from hbp.modules.containers import HBPSequential
+from hbp.modules.elementwise import HBPElementwise
+from hbp.modules.linear import HBPLinear
+from hbp.modules.shape import HBPFlatten
+from hbp.operators import SymmetricOperator, attach_hessian
+
+TREATMENTS: Final = ("none", "zero", "abs", "clip")
+SCHEMES: Final = ((True, True), (True, False), (False, True), (False, False))
+
+INPUT: Final = "input"
+"""What findings call the layer's input."""
+
+MOST_CLASSES: Final = 7
+"""Classes of the loss above the layer: its curvature has up to one less in rank."""
+
+
+def check_layer(
+    layer: HBPModule, inputs: Tensor, tolerance: float = 1e-10, seed: int = 0
+) -> None:
+    """Compare every rule of a layer with automatic differentiation, in float64.
+
+    The layer gets a nonlinear network and a loss on top, so that neither the gradient
+    nor the curvature at its output is special. Then, for all four treatments, the
+    averaged reading in its four batch schemes and the exact one, the curvature w.r.t.
+    the input and each parameter is compared as a matrix, as a product and in its
+    diagonal; and each Jacobian with its own transpose. The time grows with the cube
+    of the layer's size: a few samples of some ten features are enough.
+
+    Args:
+        layer: Any HBP layer or container. A copy in float64 is checked; the layer
+            itself is left as it is.
+        inputs: At least two different samples, [N, ...], float64, at which the layer
+            is twice differentiable.
+        tolerance: Largest difference, relative to a block's largest entry.
+        seed: Of the weights on top and of the products' vectors. The global random
+            state is left as it is.
+
+    Examples:
+        >>> import torch
+        >>> from hbp import HBPSigmoid
+        >>> from hbp.testing import check_layer
+        >>> check_layer(HBPSigmoid(), torch.randn(3, 4, dtype=torch.float64))
+
+    Raises:
+        AssertionError: something differs; the message lists each block with its
+            reading and treatment, and by how much.
+        TypeError: an argument is of the wrong type.
+        ValueError: the inputs cannot show an error, or the layer is random.
+    """
+    _check_arguments(layer, inputs)
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        twin = copy.deepcopy(layer).double().requires_grad_()
+        _check_forward(twin, inputs.detach())
+        findings = list(_Check(twin, inputs.detach(), tolerance).findings())
+    if findings:
+        listed = "\n".join(f"  {finding}" for finding in findings)
+        raise AssertionError(
+            f"{len(findings)} readings of {type(layer).__name__} differ from "
+            f"automatic differentiation:\n{listed}"
+        )
+
+
+def _check_arguments(layer: HBPModule, inputs: Tensor) -> None:
+    if not isinstance(layer, HBPModule):
+        raise TypeError(f"layer is a {type(layer).__name__}; pass an HBP layer.")
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; pass a tensor.")
+    if inputs.dtype != torch.float64:
+        raise ValueError(
+            f"inputs is {inputs.dtype}, whose round-off would hide errors. Pass "
+            "inputs.double()."
+        )
+    if inputs.dim() < 2 or len(inputs) < 2:
+        raise ValueError(
+            f"inputs has shape {list(inputs.shape)}. Pass [N, features...] with N ≥ 2: "
+            "for one sample, every average is exact."
+        )
+    if bool((inputs == inputs[0]).all()):
+        raise ValueError(
+            f"inputs holds the same sample {len(inputs)} times, for which every "
+            "average is exact. Pass samples that differ, torch.randn(...) say."
+        )
+
+
+@torch.no_grad()
+def _check_forward(layer: HBPModule, inputs: Tensor) -> None:
+    """Raise unless z_n is a function of x_n, and the pass is recorded."""
+    outputs = layer(inputs.clone())
+    if not bool(outputs.isfinite().all()):
+        raise ValueError(
+            "The layer's outputs contain NaN or infinity. Pass inputs from its domain."
+        )
+    if not torch.equal(outputs, layer(inputs.clone())):
+        raise ValueError(
+            f"{layer} is random: two forward passes differ. Call eval() on it, or fix "
+            "what it draws."
+        )
+    alone = torch.cat([layer(x.clone()) for x in inputs.split(1)])
+    if alone.shape != outputs.shape or not torch.allclose(alone, outputs):
+        raise AssertionError(
+            f"{layer} mixes samples: a batch gives other outputs than its samples one "
+            "by one. Curvature rules need z_n = f(x_n); for statistics of the batch, "
+            "call eval()."
+        )
+
+
+class _Reading(NamedTuple):
+    """Curvature by name: of the input, and of each of the layer's parameters."""
+
+    what: str
+    actual: dict[str, SymmetricOperator | None]
+    expected: dict[str, Tensor]
+
+
+class _Check:
+    """One forward and backward pass through the layer and a network on top.
+
+    Args:
+        layer: In float64, ours to change.
+        inputs: [N, ...].
+        tolerance: As in ``check_layer``.
+    """
+
+    def __init__(self, layer: HBPModule, inputs: Tensor, tolerance: float) -> None:
+        self._layer, self._inputs, self._tolerance = layer, inputs, tolerance
+        self._model, classes = _with_network_on_top(layer, inputs)
+        self._labels = torch.arange(len(inputs), device=inputs.device) % classes
+        # A layer that works in place must not be given a leaf.
+        outputs = self._model(inputs.clone().requires_grad_().clone())
+        self._check_record()
+        loss = self._loss(outputs, self._labels)
+        self._hessians = per_sample_hessian(loss, outputs)
+        loss.backward()
+
+    def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        # A mean over the batch also where only one sample of it is given.
+        total = F.cross_entropy(outputs, labels, reduction="sum")
+        return total / len(self._inputs)
+
+    def _check_record(self) -> None:
+        if isinstance(self._layer, HBPSequential):
+            return  # It records nothing; its children do.
+        name, record = type(self._layer).__name__, self._layer._record
+        if record is None:
+            raise AssertionError(
+                f"forward of {name} recorded nothing. End it with "
+                "return self.record(input, output, keep=...)."
+            )
+        before = self._inputs.shape
+        with torch.no_grad():
+            after = self._layer(self._inputs.clone()).shape
+        if (record.input_shape, record.output_shape) != (before, after):
+            raise AssertionError(
+                f"forward of {name} maps {list(before)} to {list(after)}, but recorded "
+                f"{list(record.input_shape)} and {list(record.output_shape)}. Give "
+                "record() the input and the output, in this order."
+            )
+
+    def findings(self) -> Iterator[str]:
+        """What differs, a line each."""
+        for number, (what, actual, expected) in enumerate(self._readings()):
+            if number == 0:
+                _require_curvature(expected)
+            for name, matrix in expected.items():
+                difference = self._difference(actual[name], matrix)
+                if difference:
+                    yield f"{name}, {what}: {difference}"
+        yield from self._wrong_transposes()
+
+    def _readings(self) -> Iterator[_Reading]:
+        for treatment in TREATMENTS:
+            yield self._exact(treatment)
+        for scheme in SCHEMES:
+            self._model.set_hbp_approximation(*scheme)
+            for treatment in TREATMENTS:
+                yield self._averaged(treatment, scheme)
+
+    def _averaged(self, treatment: str, scheme: tuple[bool, bool]) -> _Reading:
+        what = (
+            f"averaged with average_input_jacobian={scheme[0]} and "
+            f"average_parameter_jacobian={scheme[1]}, treatment {treatment!r}"
+        )
+        actual = self._send_back(self._hessians.sum(0), treatment)
+        data = self._inputs, self._labels, treatment
+        blocks = reference.batch_blocks(self._model, self._loss, *data, *scheme)
+        return _Reading(what, actual, _of_layer(blocks.input, blocks.parameters))
+
+    def _exact(self, treatment: str) -> _Reading:
+        actual = self._send_back(self._hessians, treatment)
+        samples = zip(self._inputs.split(1), self._labels.split(1), strict=True)
+        each = [
+            reference.exact_blocks(self._model, self._loss, *sample, treatment)
+            for sample in samples
+        ]
+        of_input = torch.block_diag(*[blocks.input for blocks in each])
+        parameters = {
+            name: torch.stack([blocks.parameters[name] for blocks in each]).sum(0)
+            for name in each[0].parameters
+        }
+        what = f"exact, treatment {treatment!r}"
+        return _Reading(what, actual, _of_layer(of_input, parameters))
+
+    def _send_back(
+        self, hessian: Tensor, treatment: str
+    ) -> dict[str, SymmetricOperator | None]:
+        for parameter in self._model.parameters():
+            attach_hessian(parameter, None)
+        of_input = self._model.backward_hessian(hessian, True, treatment)
+        named = self._layer.named_parameters()
+        return {INPUT: of_input, **{n: getattr(p, "hessian", None) for n, p in named}}
+
+    def _difference(
+        self, actual: SymmetricOperator | None, expected: Tensor
+    ) -> str | None:
+        """How an operator differs from a matrix."""
+        if actual is None:
+            return "there is none. Give its Jacobian in parameter_jacobians."
+        if actual.shape != expected.shape:
+            return f"the shape is {list(actual.shape)}, not {list(expected.shape)}"
+        vectors = expected.new_empty(len(expected), 3).normal_()
+        largest = float(expected.abs().max())
+        for what, value, right in [
+            ("the matrix", actual.to_dense(), expected),
+            ("its diagonal", actual.diagonal(), expected.diagonal()),
+            ("a product with it", actual @ vectors, expected @ vectors),
+        ]:
+            if error := self._error(value, right, largest):
+                return f"{what} {error}"
+        return None
+
+    def _error(self, value: Tensor, right: Tensor, largest: float) -> str | None:
+        error = float((value - right).abs().max())
+        if error <= self._tolerance * largest:  # Not so for NaN.
+            return None
+        return f"is off by {error:.2g}; its largest entry is {largest:.2g}"
+
+    def _wrong_transposes(self) -> Iterator[str]:
+        """A matrix is formed by transposes alone, so each is held against its map."""
+        for reading, batch in [("averaged", None), ("exact", len(self._inputs))]:
+            for name, jacobian in _jacobians(self._layer, batch):
+                columns = torch.eye(jacobian.in_size).to(self._inputs)
+                rows = torch.eye(jacobian.out_size).to(self._inputs)
+                matrix = jacobian.transpose(rows).T
+                largest = float(matrix.abs().max())
+                if error := self._error(jacobian.forward(columns), matrix, largest):
+                    yield f"{name}, {reading}: forward is not transpose's; it {error}"
+
+
+def _with_network_on_top(layer: HBPModule, inputs: Tensor) -> tuple[HBPSequential, int]:
+    """The layer below a sigmoid and a linear layer, and their number of classes."""
+    with torch.no_grad():
+        outputs = layer(inputs.clone())
+    features = outputs[0].numel()
+    classes = min(features + 1, MOST_CLASSES)
+    # Where the sigmoid saturated, no error of the layer would be seen.
+    scale = float(outputs.square().mean().sqrt()) or 1.0
+    linear = HBPLinear(features, classes)
+    torch.nn.init.normal_(linear.weight, std=2 / features**0.5)
+    squash = HBPElementwise(lambda z: torch.sigmoid(z / scale))
+    model = HBPSequential(layer, squash, HBPFlatten(), linear)
+    return model.to(inputs), classes
+
+
+def _of_layer(of_input: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first child's blocks, by the names that they have in it."""
+    own = {n[2:]: block for n, block in parameters.items() if n.startswith("0.")}
+    return {INPUT: of_input, **own}
+
+
+def _require_curvature(expected: dict[str, Tensor]) -> None:
+    zeros = [name for name, block in expected.items() if not bool(block.any())]
+    if zeros:
+        raise ValueError(
+            f"The curvature w.r.t. {', '.join(zeros)} is zero at these inputs, where "
+            "wrong rules would pass. Choose inputs at which the layer's output depends "
+            "on it."
+        )
+
+
+def _jacobians(layer: HBPModule, batch: int | None) -> Iterator[tuple[str, LinearMap]]:
+    """Every map that a pass through the layer, or through those inside it, reads."""
+    for path, module in layer.named_modules():
+        if not isinstance(module, HBPModule):
+            continue
+        of = f" of {path}" if path else ""
+        hessian_pass = HessianPass(None, batch)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        with torch.no_grad():
+            jacobian = module._jacobian(hessian_pass)
+            if jacobian.in_size:  # An empty container's has no size.
+                yield f"jacobian{of}", jacobian
+            for parameter, jacobian in module.parameter_jacobians(hessian_pass):
+                yield f"parameter_jacobians{of}, {names[id(parameter)]}", jacobian
