@@ -5,7 +5,7 @@
 Each method trains for as many epochs as fit into the same processor time, on one
 thread. After every epoch a checkpoint is written: stop at any time, and the same
 command goes on from there to the same weights. ``--method`` trains one of the methods,
-for a second process to train the other. When all are done, they are collected in
+for a second process to train the other. Those that are done are collected in
 ``docs/assets/accuracy/paper.json``.
 """
 
@@ -63,87 +63,90 @@ def room(run: Run, log: Log, budget: float) -> bool:
     return len(log) < run.epochs and seconds + seconds / len(log) <= budget
 
 
+class Training:
+    """Model, optimizer, order of the batches and log, as of the last checkpoint."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.model = model_of(run, nn.init.xavier_normal_)
+        self.optimizer = optimizer_of(run, self.model)
+        self.generator = torch.Generator().manual_seed(run.seed)
+        self.log: Log = []
+        if state := load(run):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            self.log = state["log"]
+
+    @property
+    def seconds(self) -> float:
+        return self.log[-1]["seconds"] if self.log else 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "log": self.log,
+        }
+
+    def epoch(self, data: tuple[Tensor, ...]) -> dict[str, float]:
+        """One pass over the training images, and what came of it.
+
+        Loss and accuracy in training are means over the epoch, of each batch before
+        its step: they cost no pass of their own.
+        """
+        images, labels, test_images, test_labels = data
+        start, loss, hits = time.process_time(), 0.0, 0
+        order = torch.randperm(len(images), generator=self.generator)
+        for index in order.split(self.run.batch):
+            wanted = labels[index]
+            outputs = step(self.model, self.optimizer, images[index], wanted).detach()
+            loss += float(LOSS(outputs, wanted)) * len(index)
+            hits += int((outputs.argmax(1) == wanted).sum())
+        seconds = self.seconds + time.process_time() - start
+        with torch.no_grad():
+            outputs = self.model(test_images)
+        return {
+            "train_loss": loss / len(images),
+            "train": hits / len(images),
+            "test_loss": float(LOSS(outputs, test_labels)),
+            "test": float((outputs.argmax(1) == test_labels).float().mean()),
+            "seconds": seconds,
+        }
+
+
 def train(run: Run, data: tuple[Tensor, ...], budget: float) -> Log:
     """Go on from the checkpoint; losses, accuracies and seconds after every epoch."""
-    model = model_of(run, nn.init.xavier_normal_)
-    optimizer = optimizer_of(run, model)
-    generator = torch.Generator().manual_seed(run.seed)
-    log: Log = []
-    if state := load(run):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        log = state["log"]
+    training = Training(run)
+    log = training.log
     form = "{desc} |{bar}| {n:.0f} of {total:.0f} s{postfix}"
     with tqdm(total=budget, desc=run.method, ascii=True, bar_format=form) as bar:
-        bar.update(seconds_of(log))
         while room(run, log, budget):
-            log.append(epoch(run, model, optimizer, generator, data, seconds_of(log)))
-            save(
-                run,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                    "log": log,
-                },
-            )
-            bar.set_postfix(epoch=len(log), test=log[-1]["test"], refresh=False)
-            bar.update(seconds_of(log) - seconds_of(log[:-1]))
+            bar.update(training.seconds - bar.n)
+            log.append(training.epoch(data))
+            save(run, training.state())
+            bar.set_postfix(epoch=len(log), test=log[-1]["test"])
+        bar.update(training.seconds - bar.n)
     return log
 
 
-def seconds_of(log: Log) -> float:
-    return log[-1]["seconds"] if log else 0.0
-
-
-def epoch(
-    run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    data: tuple[Tensor, ...],
-    before: float,
-) -> dict[str, float]:
-    """One pass over the training images, and what came of it.
-
-    Loss and accuracy in training are means over the epoch, of each batch before its
-    step: they cost no pass of their own.
-    """
-    images, labels, test_images, test_labels = data
-    start, loss, hits = time.process_time(), 0.0, 0
-    for index in torch.randperm(len(images), generator=generator).split(run.batch):
-        outputs = step(model, optimizer, images[index], labels[index]).detach()
-        loss += float(LOSS(outputs, labels[index])) * len(index)
-        hits += int((outputs.argmax(1) == labels[index]).sum())
-    seconds = before + time.process_time() - start
-    with torch.no_grad():
-        outputs = model(test_images)
-    return {
-        "train_loss": loss / len(images),
-        "train": hits / len(images),
-        "test_loss": float(LOSS(outputs, test_labels)),
-        "test": float((outputs.argmax(1) == test_labels).float().mean()),
-        "seconds": seconds,
-    }
-
-
 def collect(budget: float = BUDGET) -> None:
-    """Write all runs into one file, once none of them has room for another epoch."""
-    states = {run: load(run) for run in RUNS.values()}
-    runs = [
-        {**asdict(run), "log": state["log"]}
-        for run, state in states.items()
-        if state and not room(run, state["log"], budget)
-    ]
-    if len(runs) < len(RUNS):
+    """Write the runs that have no room for another epoch into one file."""
+    logs = {run: state["log"] for run in RUNS.values() if (state := load(run))}
+    done = {run: log for run, log in logs.items() if not room(run, log, budget)}
+    if len(done) < len(RUNS):
         print("Not all runs are done. Start this again when the others have ended.")
+    if not done:
         return
-    settings = {"budget": budget, "sizes": accuracy.SIZES["deep"]}
-    report = {"provenance": provenance("cpu"), "settings": settings, "runs": runs}
+    report = {
+        "provenance": provenance("cpu"),
+        "settings": {"budget": budget, "sizes": accuracy.SIZES["deep"]},
+        "runs": [{**asdict(run), "log": log} for run, log in done.items()],
+    }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    print(f"{len(runs)} runs written to {RESULT}")
+    print(f"{len(done)} of {len(RUNS)} runs written to {RESULT}")
 
 
 def channels(values: list[float]) -> Tensor:
