@@ -178,7 +178,7 @@ class TestPaper:
         assert not paper.room(run, two, 11.9)
         assert not paper.room(run, 5 * two[:1], 1e9)
 
-    def test_done_runs_are_collected_and_drawn(self) -> None:
+    def test_runs_are_collected_and_drawn(self) -> None:
         paper.collect()
         assert not paper.RESULT.exists()
         for methods in (["hbp"], ["hbp", "adam"]):

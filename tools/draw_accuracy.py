@@ -158,7 +158,7 @@ def paper_settings(report: Json) -> str:
         ("batch", str(runs[0]["batch"])),
         ("learning rate, constant", ", ".join(rates)),
         ("damping α", ", ".join(alphas)),
-        ("processor seconds for each run", short(settings["budget"])),
+        ("processor seconds, at most", f"{settings['budget']:.0f}"),
         ("machine", f"{made['machine']}; threads: {made['threads']}"),
         ("date and commit", f"{made['date']}, {commit}"),
     ]
