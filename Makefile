@@ -15,7 +15,7 @@ FULL     := env -u HBP_TUTORIAL $(NBVAL) --nbval-cell-timeout=7200
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tutorials test tutorials-official execute sync docs serve lint \
-        bench bench-accuracy wheel colab browser constraints clean
+        bench bench-accuracy bench-paper wheel colab browser constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -76,6 +76,10 @@ bench: .venv/bench-ready  ## time a training step next to those of others
 
 bench-accuracy: $(READY)  ## time to accuracy on CIFAR-10, an hour or so
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python tools/draw_accuracy.py
+
+bench-paper: $(READY)  ## train with the settings of the paper, half an hour
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.paper
 	$(BIN)/python tools/draw_accuracy.py
 
 wheel: $(READY)  ## build the source distribution and the wheel into dist

@@ -6,11 +6,12 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from benchmarks import accuracy
+from benchmarks import accuracy, paper
 from benchmarks.accuracy import DEEP_HBP, SHALLOW_HBP, Run, best, grid, wanted
 from test_docs import load
 from torch import Tensor
@@ -101,6 +102,91 @@ def test_tables_and_figure(folder: Path) -> None:
 
 
 def test_committed_tables_are_those_of_the_committed_runs() -> None:
-    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
-    for name, page in {"times": draw.times, "grid": draw.grid}.items():
-        assert (draw.FOLDER / f"{name}.md").read_text("utf-8") == page(report)
+    for name, (pages, _) in draw.PARTS.items():
+        report = json.loads((draw.FOLDER / f"{name}.json").read_text("utf-8"))
+        for page, text in pages.items():
+            assert (draw.FOLDER / f"{page}.md").read_text("utf-8") == text(report)
+
+
+class TestPaper:
+    """Training with the paper's settings goes on where it was interrupted."""
+
+    @pytest.fixture(autouse=True)
+    def tiny(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(accuracy, "SIZES", {"deep": [4, 6, 5, 4]})
+        monkeypatch.setattr(paper, "RESULT", folder / "out" / "paper.json")
+        runs = {k: replace(r, batch=20, epochs=5) for k, r in paper.RUNS.items()}
+        monkeypatch.setattr(paper, "RUNS", runs)
+
+    def ended(self, method: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+        """Train to the end; final weights, and the log but for the seconds."""
+        run = paper.RUNS[method]
+        log = [dict(entry) for entry in paper.train(run, tiny_data(), 1e9)]
+        for entry in log:
+            del entry["seconds"]
+        state = paper.load(run)
+        assert state is not None
+        return state["model"], log
+
+    @pytest.mark.parametrize("method", ["hbp", "adam"])
+    def test_interrupted_is_bitwise_as_uninterrupted(
+        self, method: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        weights, log = self.ended(method)
+        paper.checkpoint_path(paper.RUNS[method]).unlink()
+        calls = 0
+
+        def step(*arguments: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            # Ten batches are an epoch: the middle of the first, and of the fourth.
+            if calls in (5, 5 + 35):
+                raise KeyboardInterrupt
+            return accuracy.step(*arguments)
+
+        monkeypatch.setattr(paper, "step", step)
+        for epochs in (0, 3):
+            with pytest.raises(KeyboardInterrupt):
+                self.ended(method)
+            state = paper.load(paper.RUNS[method])
+            assert (len(state["log"]) if state else 0) == epochs
+        resumed, resumed_log = self.ended(method)
+        assert resumed_log == log
+        assert len(log) == 5
+        for name, weight in weights.items():
+            assert torch.equal(resumed[name], weight), name
+
+    def test_interrupted_while_writing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        run, save = paper.RUNS["hbp"], torch.save
+        paper.save(run, {"log": [{"seconds": 1.0}]})
+
+        def half(state: object, path: Path) -> None:
+            save(state, path)
+            path.write_bytes(path.read_bytes()[:100])
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torch, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            paper.save(run, {"log": []})
+        assert paper.load(run) == {"log": [{"seconds": 1.0}]}
+
+    def test_ends_before_the_epoch_that_would_not_fit(self) -> None:
+        run = paper.RUNS["hbp"]
+        two = [{"seconds": 4.0}, {"seconds": 8.0}]
+        assert paper.room(run, [], 0.0)
+        assert paper.room(run, two, 12.0)
+        assert not paper.room(run, two, 11.9)
+        assert not paper.room(run, 5 * two[:1], 1e9)
+
+    def test_runs_are_collected_and_drawn(self) -> None:
+        paper.collect()
+        assert not paper.RESULT.exists()
+        for methods in (["hbp"], ["hbp", "adam"]):
+            self.ended(methods[-1])
+            paper.collect()
+            report = json.loads(paper.RESULT.read_text("utf-8"))
+            assert [run["method"] for run in report["runs"]] == methods
+        assert "| HBP, 5 | " in draw.paper(report)
+        assert "| damping α | HBP 0.02 |" in draw.paper_settings(report)
+        draw.main(paper.RESULT.parent)
+        assert (paper.RESULT.parent / "paper.svg").exists()

@@ -1,4 +1,6 @@
-"""Draw and tabulate time to accuracy, from ``docs/assets/accuracy/results.json``.
+"""Draw and tabulate the JSON files in ``docs/assets/accuracy``.
+
+They are ``results.json``, time to accuracy, and ``paper.json``, a row of the paper.
 
 Run it as ``python tools/draw_accuracy.py``.
 """
@@ -15,7 +17,7 @@ from draw_benchmarks import finished, short, table
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from hbp.plotting import SETTINGS, STYLES, Drawing
+from hbp.plotting import SETTINGS, STYLES, Drawing, Panel, curves
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "assets" / "accuracy"
 Json = dict[str, Any]
@@ -145,14 +147,80 @@ def draw(report: Json) -> Drawing:
     return finished(figure)
 
 
+def paper_settings(report: Json) -> str:
+    """How the runs were made, and where."""
+    made, settings, runs = report["provenance"], report["settings"], report["runs"]
+    commit = made["commit"] + (" with changes" if made["uncommitted_changes"] else "")
+    rates = [f"{METHODS[run['method']]} {run['lr']}" for run in runs]
+    alphas = [f"{METHODS[r['method']]} {r['alpha']}" for r in runs if r["alpha"]]
+    rows = [
+        ("network", "-".join(map(str, settings["sizes"])) + ", sigmoids between"),
+        ("batch", str(runs[0]["batch"])),
+        ("learning rate, constant", ", ".join(rates)),
+        ("damping α", ", ".join(alphas)),
+        ("processor seconds, at most", f"{settings['budget']:.0f}"),
+        ("machine", f"{made['machine']}; threads: {made['threads']}"),
+        ("date and commit", f"{made['date']}, {commit}"),
+    ]
+    return table(["", ""], rows).replace("---:", "---")
+
+
+def paper(report: Json) -> str:
+    """Each run at its start, in the middle and at its end."""
+    head = ["run, epoch", "processor s", "training loss", "training accuracy"]
+    head += ["test loss", "test accuracy"]
+    rows = []
+    for run in report["runs"]:
+        for epoch in shown(run["log"]):
+            entry = run["log"][epoch - 1]
+            keys = ("train_loss", "train", "test_loss", "test")
+            row = [f"{METHODS[run['method']]}, {epoch}", f"{entry['seconds']:.0f}"]
+            rows.append([*row, *(f"{entry[key]:.3f}" for key in keys)])
+    return table(head, rows)
+
+
+def shown(log: list[Json]) -> list[int]:
+    """The first epoch, every tenth, that of the best test accuracy, and the last."""
+    best_epoch = 1 + max(range(len(log)), key=lambda epoch: log[epoch]["test"])
+    return sorted({1, *range(10, len(log), 10), best_epoch, len(log)})
+
+
+def draw_paper(report: Json) -> Drawing:
+    """Training loss and test accuracy, against epochs."""
+    names = {"train_loss": "training loss", "test": "test accuracy"}
+    panels = []
+    for key, name in names.items():
+        lines = {}
+        for run in report["runs"]:
+            epochs = range(1, len(run["log"]) + 1)
+            values = [entry[key] for entry in run["log"]]
+            lines[METHODS[run["method"]]] = (epochs, values)
+        panels.append(Panel("epochs", name, lines))
+    return curves(panels)
+
+
+Pages = dict[str, Callable[[Json], str]]
+Figures = dict[str, Callable[[Json], Drawing]]
+PARTS: dict[str, tuple[Pages, Figures]] = {
+    "results": ({"times": times, "grid": grid}, {"curves": draw}),
+    "paper": (
+        {"paper-settings": paper_settings, "paper": paper},
+        {"paper": draw_paper},
+    ),
+}
+
+
 def main(folder: Path = FOLDER) -> None:
-    """Write two tables and a figure."""
-    report = json.loads((folder / "results.json").read_text("utf-8"))
-    (folder / "times.md").write_text(times(report), "utf-8")
-    (folder / "grid.md").write_text(grid(report), "utf-8")
+    """Write the tables and the figure of each file there is."""
     settings: Any = SETTINGS
-    with rc_context(settings):
-        draw(report).save(folder / "curves.svg")
+    for name, (pages, figures) in PARTS.items():
+        if (folder / f"{name}.json").exists():
+            report = json.loads((folder / f"{name}.json").read_text("utf-8"))
+            for page, text in pages.items():
+                (folder / f"{page}.md").write_text(text(report), "utf-8")
+            with rc_context(settings):
+                for figure, drawing in figures.items():
+                    drawing(report).save(folder / f"{figure}.svg")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -114,13 +114,22 @@ def wanted() -> Iterator[Run]:
             yield from (replace(winner, seed=seed) for seed in SEEDS)
 
 
-def normalised() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test images and labels, channels of mean 0 and deviation 1."""
+def normalised(
+    mean: Tensor | None = None, deviation: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and test images and labels, channels of mean 0 and deviation 1.
+
+    Args:
+        mean: Of each channel, as ``[1, 3, 1, 1]``; by default of the training images.
+        deviation: Likewise.
+    """
     (images, labels), (test_images, test_labels) = (
         cifar10(train=train).tensors for train in (True, False)
     )
-    mean = images.mean((0, 2, 3), keepdim=True)
-    deviation = images.std((0, 2, 3), keepdim=True)
+    if mean is None:
+        mean = images.mean((0, 2, 3), keepdim=True)
+    if deviation is None:
+        deviation = images.std((0, 2, 3), keepdim=True)
     return (
         (images - mean) / deviation,
         labels,
@@ -129,12 +138,14 @@ def normalised() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def model_of(run: Run) -> nn.Module:
+def model_of(
+    run: Run, initialise: Callable[[Tensor], Tensor] = nn.init.xavier_uniform_
+) -> nn.Module:
     set_seeds(run.seed)
     model = network(SIZES[run.network])
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
+            initialise(layer.weight)
             nn.init.zeros_(layer.bias)
     return convert(model) if run.method == "hbp" else model
 
