@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import all_equal, close, randn, send_back, values
-from torch import nn
+from torch import Tensor, nn
 
 import hbp
 from hbp import reference
+from hbp.modules.shape import HBPReshape
 
 
 def _torch_model() -> nn.Sequential:
@@ -137,20 +142,17 @@ class _Custom(nn.Linear):
 @pytest.mark.parametrize(
     ("model", "named"),
     [
-        (nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.GELU())), r"1\.0: GELU"),
-        (nn.Sequential(nn.Dropout(0.3)), r"0: Dropout\(p=0\.3"),
+        (nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.PReLU())), r"1\.0: PReLU"),
         (_Custom(1, 2), r"the model: _Custom"),
         (nn.Sequential(nn.LazyLinear(2)), r"0: LazyLinear"),
         (nn.ModuleList([nn.Linear(1, 1)]), "the model: ModuleList"),
         (torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "the model"),
     ],
-    ids=["nested", "dropout", "subclass", "lazy", "list", "parametrized"],
+    ids=["nested", "subclass", "lazy", "list", "parametrized"],
 )
 def test_unsupported_layers_are_named(model: nn.Module, named: str) -> None:
-    supported = (
-        r"nn\.Linear, nn\.Sigmoid, nn\.Tanh, nn\.ReLU, nn\.Flatten, nn\.Sequential"
-    )
-    with pytest.raises(TypeError, match=rf"(?s){named}.*Supported are .*{supported}"):
+    supported = r"nn\.Linear, nn\.Conv1d, .*nn\.Sequential and HBP layers"
+    with pytest.raises(TypeError, match=rf"(?s){named}.*Supported are {supported}"):
         hbp.convert(model)
 
 
@@ -170,10 +172,579 @@ def test_hooks_are_not_lost_silently(register: str) -> None:
         hbp.convert(model)
 
 
-def test_shared_weights_are_found_by_the_hessian_pass() -> None:
+def test_tied_weights_are_named() -> None:
     first = nn.Linear(3, 3).double()
     second = copy.deepcopy(first)
     second.weight = first.weight
-    twin = hbp.convert(nn.Sequential(first, nn.Sigmoid(), second))
-    with pytest.raises(ValueError, match="share a parameter"):
-        send_back(twin, randn(2, 3), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"0\.weight and 2\.weight are the same"):
+        hbp.convert(nn.Sequential(first, nn.Sigmoid(), second))
+
+
+def test_a_layer_of_weights_used_twice_is_named() -> None:
+    layer = nn.BatchNorm1d(2, affine=False)
+    with pytest.raises(ValueError, match=r"0\.running_mean and 1\.running_mean"):
+        hbp.convert(nn.Sequential(layer, layer))
+    act = hbp.HBPTanh()
+    with pytest.raises(ValueError, match=r"1 \(HBPTanh\) is used twice"):
+        hbp.convert(nn.Sequential(act, act))
+
+
+def test_a_forward_set_on_a_layer_is_not_lost_silently() -> None:
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"0 \(Linear\) was given another forward"):
+        hbp.convert(nn.Sequential(layer))
+
+
+# --------------------------------------------------------------------------------------
+# Every layer.
+# --------------------------------------------------------------------------------------
+
+IMAGE, SIGNAL, VOLUME, VECTOR = (3, 2, 6, 6), (3, 2, 6), (3, 2, 4, 4, 4), (3, 6)
+LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.Linear(6, 2, bias=False), VECTOR),
+    (nn.Conv1d(2, 4, 3, stride=2, padding=1), SIGNAL),
+    (nn.Conv2d(2, 4, (3, 2), groups=2, padding="same", padding_mode="reflect"), IMAGE),
+    (nn.Conv3d(2, 1, 2, dilation=2, bias=False), VOLUME),
+    (nn.ConvTranspose1d(2, 3, 2, stride=2, output_padding=1), SIGNAL),
+    (nn.ConvTranspose2d(2, 3, 2, padding=1), IMAGE),
+    (nn.ConvTranspose3d(2, 3, 2), VOLUME),
+    (nn.Sigmoid(), VECTOR),
+    (nn.Tanh(), VECTOR),
+    (nn.ReLU(inplace=True), VECTOR),
+    (nn.ReLU6(), VECTOR),
+    (nn.LeakyReLU(0.3, inplace=True), VECTOR),
+    (nn.ELU(0.7), VECTOR),
+    (nn.SELU(), VECTOR),
+    (nn.CELU(0.7), VECTOR),
+    (nn.GELU("tanh"), VECTOR),
+    (nn.SiLU(), VECTOR),
+    (nn.Mish(), VECTOR),
+    (nn.Softplus(2.0, 0.5), VECTOR),
+    (nn.Softsign(), VECTOR),
+    (nn.LogSigmoid(), VECTOR),
+    (nn.Hardtanh(-0.5, 0.3), VECTOR),
+    (nn.Hardswish(), VECTOR),
+    (nn.MaxPool1d(3, 1, 1), SIGNAL),
+    (nn.MaxPool2d((2, 1), ceil_mode=True, dilation=2), IMAGE),
+    (nn.MaxPool3d(2), VOLUME),
+    (nn.AvgPool1d(2), SIGNAL),
+    (nn.AvgPool2d(3, 2, 1, count_include_pad=False), IMAGE),
+    (nn.AvgPool3d(2), VOLUME),
+    (nn.AdaptiveAvgPool1d(4), SIGNAL),
+    (nn.AdaptiveAvgPool2d((4, None)), IMAGE),
+    (nn.AdaptiveAvgPool3d(1), VOLUME),
+    (nn.BatchNorm1d(6, momentum=None), VECTOR),
+    (nn.BatchNorm2d(2, eps=0.1), IMAGE),
+    (nn.BatchNorm3d(2, affine=False), VOLUME),
+    (nn.LayerNorm((6, 6)), IMAGE),
+    (nn.Dropout(0.3, inplace=True), VECTOR),
+    (nn.Dropout1d(0.3), SIGNAL),
+    (nn.Dropout2d(), IMAGE),
+    (nn.Dropout3d(), VOLUME),
+    (nn.ZeroPad1d((1, 2)), SIGNAL),
+    (nn.ZeroPad2d(1), IMAGE),
+    (nn.ZeroPad3d(1), VOLUME),
+    (nn.Flatten(2, 3), IMAGE),
+    (nn.Unflatten(1, (2, 3)), VECTOR),
+    (nn.Identity(), VECTOR),
+]
+
+
+def _names(module: nn.Module) -> tuple[list[str], list[str]]:
+    return list(module.state_dict()), [name for name, _ in module.named_parameters()]
+
+
+def _same_in_both_modes(twin: hbp.HBPModule, model: nn.Module, *shape: int) -> None:
+    """Forward bit for bit, and gradients; a copy of the model is the judge."""
+    original = copy.deepcopy(model)
+    for training in (True, False):
+        twin.train(training)
+        original.train(training)
+        x = randn(*shape)
+        results = []
+        for module in (twin, original):
+            module.zero_grad()
+            torch.manual_seed(1)
+            input = x.clone().requires_grad_()
+            output = module(input.clone())
+            output.square().sum().backward()
+            gradients = [p.grad for p in module.parameters()]
+            results.append([output, input.grad, *gradients, *module.buffers()])
+        assert len(results[0]) == len(results[1])
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), LAYERS, ids=lambda value: type(value).__name__
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_every_layer(layer: nn.Module, shape: tuple[int, ...], training: bool) -> None:
+    layer = copy.deepcopy(layer).double().train(training)
+    before = vars(layer).copy()
+    rng = torch.get_rng_state()
+    twin = hbp.convert(layer)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert type(twin) is getattr(hbp, f"HBP{type(layer).__name__}")
+    assert vars(layer) == before
+    assert vars(twin).keys() == before.keys()
+    assert twin.training is training
+    for name, value in before.items():
+        if isinstance(value, dict):  # Its own dictionaries, the same tensors.
+            assert vars(twin)[name] is not value
+        assert vars(twin)[name] == value
+    assert _names(twin) == _names(layer)
+    _same_in_both_modes(twin, layer, *shape)
+    twin.register_forward_hook(lambda *args: None)
+    assert not layer._forward_hooks
+
+
+def test_every_layer_of_the_library_is_known() -> None:
+    own = {"Module", "Sequential", "Residual", "Elementwise"}
+    names = {name[3:] for name in vars(hbp) if name.startswith("HBP")}
+    assert {type(layer).__name__ for layer, _ in LAYERS} == names - own
+
+
+def test_modes_are_kept_module_by_module() -> None:
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2)), nn.Dropout())
+    model[0][0].eval()
+    twin = hbp.convert(model)
+    assert [m.training for m in twin.modules()] == [True, True, False, True]
+
+
+def test_a_compiled_layer_still_records() -> None:
+    layer = nn.Linear(2, 2)
+    layer._compiled_call_impl = lambda x: x  # type: ignore[assignment]
+    twin = hbp.convert(layer)
+    twin(torch.ones(1, 2))
+    assert twin._record is not None
+
+
+# --------------------------------------------------------------------------------------
+# A forward of its own.
+# --------------------------------------------------------------------------------------
+
+
+class LeNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 2, 3)
+        self.conv2 = nn.Conv2d(2, 3, 2)
+        self.drop = nn.Dropout2d(0.4)
+        self.fc1 = nn.Linear(12, 4)
+        self.fc2 = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.tanh(self.conv1(x)), 2, stride=1)
+        x = F.avg_pool2d(self.drop(self.conv2(x).sigmoid()), 2, 1)
+        x = x.view(x.size(0), -1)
+        x = F.dropout(F.softplus(self.fc1(x)), 0.2, self.training)
+        return self.fc2(x)
+
+
+class Block(nn.Module):
+    """As torchvision's BasicBlock, with a smooth activation that is used twice."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.downsample = nn.Sequential()
+        if channels != out:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out)
+            )
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.act = nn.SiLU(inplace=True)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.downsample(x)
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.act(out)
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(1, 2), Block(2, 2)])
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
+class Paths(nn.Module):
+    """Shortcuts inside of shortcuts, random layers on both paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(5, 5)
+        self.first = nn.Linear(5, 5)
+        self.drop = nn.Dropout(0.5)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.tanh()
+        past = self.drop(self.first(x))
+        through = self.drop(self.second(x).tanh())
+        through = through + F.silu(through)
+        x = torch.add(through, past)
+        return self.last(x + x)
+
+
+NETS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
+    (LeNet, (4, 1, 6, 6)),
+    (ResNet, (3, 1, 4, 4)),
+    (Paths, (4, 5)),
+    (lambda: nn.Sequential(nn.Sequential(Paths()), nn.Tanh()), (4, 5)),
+]
+NET = pytest.mark.parametrize(
+    ("make", "shape"), NETS, ids=["lenet", "resnet", "paths", "nested"]
+)
+
+
+def _net(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> nn.Module:
+    """In eval mode, with statistics of no special value."""
+    model = make().double()
+    with torch.no_grad():
+        model(randn(*shape))
+        for name, p in model.named_parameters():
+            if "bn" in name or ".1." in name:
+                p.normal_()
+    return model.eval()
+
+
+@NET
+def test_nets_compute_the_same(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model = _net(make, shape)
+    before = {module: vars(module).copy() for module in model.modules()}
+    twin = hbp.convert(model)
+    assert {module: vars(module) for module in model.modules()} == before
+    assert _names(twin) == _names(model)
+    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+        assert p is q
+        assert p.hessian is None
+    for p, q in zip(twin.buffers(), model.buffers(), strict=True):
+        assert p is q
+    _same_in_both_modes(twin, model, *shape)
+
+
+@NET
+def test_states_are_loaded_both_ways(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model, other = _net(make, shape), _net(make, shape)
+    x = randn(*shape)
+    twin = hbp.convert(copy.deepcopy(model))
+    twin.load_state_dict(other.state_dict())
+    assert torch.equal(twin(x), other(x))
+    other.load_state_dict(hbp.convert(model).state_dict())
+    assert torch.equal(other(x), model(x))
+
+
+@NET
+@pytest.mark.parametrize("treatment", [None, "none", "zero"])
+def test_exact_curvature_of_nets(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], treatment: str | None
+) -> None:
+    model = _net(make, shape)
+    twin = hbp.convert(model)
+    x, y, loss_func = randn(*shape), torch.arange(shape[0]) % 3, nn.CrossEntropyLoss()
+    outputs = twin(x.clone().requires_grad_())
+    loss = loss_func(outputs, y)
+    curvature = hbp.per_sample_hessian(loss, outputs)
+    loss.backward()
+    twin.backward_hessian(curvature, modify_2nd_order_terms=treatment)
+    blocks = reference.ggn_blocks if treatment == "zero" else reference.hessian_blocks
+    original = make().double().eval()
+    original.load_state_dict(model.state_dict())
+    expected = blocks(original, loss_func, x, y)
+    assert expected.keys() == dict(twin.named_parameters()).keys()
+    for name, p in twin.named_parameters():
+        close(p.hessian.to_dense(), expected[name])
+
+
+def test_averaged_curvature_of_a_forward_is_that_of_a_sequence() -> None:
+    class Net(nn.Module):
+        def __init__(self, first: nn.Module, last: nn.Module) -> None:
+            super().__init__()
+            self.first, self.last = first, last
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.sigmoid(self.first(x)))
+
+    first, last = nn.Linear(4, 3).double(), nn.Linear(3, 2).double()
+    x, y = randn(5, 4), torch.tensor([0, 1, 0, 1, 1])
+    for choice in (True, False):  # Functions hear of the scheme, too.
+        twin = hbp.convert(Net(first, last))
+        twin.set_hbp_approximation(choice, choice)
+        send_back(twin, x, y, treatment="abs")
+        sequence = nn.Sequential(first, nn.Sigmoid(), last)
+        expected = reference.batch_blocks(
+            sequence, nn.CrossEntropyLoss(), x, y, "abs", choice, choice
+        ).parameters
+        blocks = [p.hessian.to_dense() for p in twin.parameters()]
+        for block, judge in zip(blocks, expected.values(), strict=True):
+            close(block, judge)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies_of_a_converted_model_are_whole(
+    copied: Callable[[hbp.HBPModule], hbp.HBPModule],
+) -> None:
+    twin = hbp.convert(_net(ResNet, (3, 1, 4, 4)))
+    x, y = randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    twin(x)
+    other = copied(twin)
+    assert torch.equal(other(x), twin(x))
+    send_back(other, x, y, treatment="abs")
+    assert all(p.hessian is None for p in twin.parameters())
+    assert all(p.hessian is not None for p in other.parameters())
+    hbp.CGNewton(other.parameters(), lr=0.1, alpha=0.1).step()
+    assert not torch.equal(other(x), twin(x))
+
+
+def test_layers_of_a_converted_model_stay() -> None:
+    twin = hbp.convert(_net(ResNet, (3, 1, 4, 4)))
+    assert isinstance(twin.blocks[0].conv1, hbp.HBPConv2d)
+    with pytest.raises(
+        AttributeError, match=r"'fc'.*Replace it in the torch\.nn model"
+    ):
+        twin.fc = hbp.HBPLinear(8, 5)
+    assert hbp.convert(twin) is twin
+
+
+# What a forward may be made of, and what is refused: functions of (self, x), where
+# self has a linear layer fc, 6 → 6, an nn.ReLU act and a parameter scale.
+Step = Callable[[Any, Any], Any]
+
+
+class Free(nn.Module):
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+        self.fc = nn.Linear(6, 6)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.step(self, x))
+
+
+STEPS: dict[str, tuple[Step, tuple[int, ...]]] = {
+    "nothing": (lambda m, x: x, VECTOR),
+    "relu": (lambda m, x: F.relu(torch.relu(x)), VECTOR),
+    "method": (lambda m, x: x.tanh().sigmoid().relu(), VECTOR),
+    "in place": (lambda m, x: F.relu(x, inplace=True), VECTOR),
+    "relu6": (lambda m, x: F.relu6(x), VECTOR),
+    "leaky": (lambda m, x: F.leaky_relu(x, 0.3), VECTOR),
+    "elu": (lambda m, x: F.elu(x, alpha=0.4), VECTOR),
+    "selu": (lambda m, x: F.selu(x), VECTOR),
+    "celu": (lambda m, x: F.celu(x, 0.4), VECTOR),
+    "gelu": (lambda m, x: F.gelu(x, approximate="tanh"), VECTOR),
+    "silu": (lambda m, x: F.silu(x), VECTOR),
+    "mish": (lambda m, x: F.mish(x), VECTOR),
+    "softplus": (lambda m, x: F.softplus(x, 2, threshold=0.5), VECTOR),
+    "softsign": (lambda m, x: F.softsign(x), VECTOR),
+    "logsigmoid": (lambda m, x: F.logsigmoid(x), VECTOR),
+    "hardtanh": (lambda m, x: F.hardtanh(x, -0.5, 0.3), VECTOR),
+    "hardswish": (lambda m, x: F.hardswish(x), VECTOR),
+    "max 1d": (lambda m, x: F.max_pool1d(x, 1, 2, ceil_mode=True), (3, 2, 12)),
+    "max 2d": (
+        lambda m, x: F.max_pool2d(x, (2, 1), (2, 1), 0, dilation=1),
+        (3, 2, 2, 6),
+    ),
+    "max 3d": (lambda m, x: F.max_pool3d(x, 1), (3, 1, 1, 1, 6)),
+    "average 1d": (lambda m, x: F.avg_pool1d(x, 2), (3, 2, 12)),
+    "average 2d": (
+        lambda m, x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+        (3, 1, 2, 6),
+    ),
+    "average 3d": (lambda m, x: F.avg_pool3d(x, 1), (3, 1, 1, 1, 6)),
+    "adaptive 1d": (lambda m, x: F.adaptive_avg_pool1d(x, 6), (3, 2, 9)),
+    "adaptive 2d": (lambda m, x: F.adaptive_avg_pool2d(x, (1, 6)), (3, 2, 3, 9)),
+    "adaptive 3d": (lambda m, x: F.adaptive_avg_pool3d(x, 6), (2, 1, 7, 7, 7)),
+    "dropout": (lambda m, x: F.dropout(x, 0.3, m.training), VECTOR),
+    "dropout 1d": (lambda m, x: F.dropout1d(x, training=m.training), (3, 4, 6)),
+    "dropout 2d": (lambda m, x: F.dropout2d(x, training=m.training), (3, 4, 2, 6)),
+    "dropout 3d": (lambda m, x: F.dropout3d(x, training=m.training), (3, 4, 1, 2, 6)),
+    "flatten": (lambda m, x: torch.flatten(x, 1), (4, 2, 3)),
+    "flatten method": (lambda m, x: x.flatten(start_dim=1), (4, 2, 3)),
+    "flatten some": (lambda m, x: torch.flatten(x, 1, 2), (4, 2, 3, 6)),
+    "view": (lambda m, x: x.view(x.size(0), -1), (4, 2, 3)),
+    "view keyword": (lambda m, x: x.view(x.size(dim=0), -1), (4, 2, 3)),
+    "view shape": (lambda m, x: x.view((x.shape[0], 6)), (4, 2, 3)),
+    "view by columns": (lambda m, x: x.view(-1, 6), (4, 2, 3)),
+    "reshape": (lambda m, x: x.tanh().reshape(x.size()[0], 2, -1), (4, 12)),
+    "reshape function": (lambda m, x: torch.reshape(x, [x.shape[0], -1]), (4, 2, 3)),
+    "twice": (lambda m, x: m.act(m.act(x).tanh()), VECTOR),
+    "sum": (lambda m, x: x.tanh() + x, VECTOR),
+    "sum in place": (lambda m, x: x.tanh().add_(x), VECTOR),
+    "sum method": (lambda m, x: x.add(x.sigmoid()), VECTOR),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_a_forward(name: str) -> None:
+    step, shape = STEPS[name]
+    model = Free(step).double()
+    rng = torch.get_rng_state()
+    twin = hbp.convert(model)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert _names(twin) == _names(model)
+    _same_in_both_modes(twin, model, *shape)
+
+
+def _decide(m: Any, x: Any) -> Any:
+    return x if x.sum() > 0 else -x
+
+
+def _wasted(m: Any, x: Any) -> Any:
+    m.act(x)
+    return x
+
+
+def _overwritten(m: Any, x: Any) -> Any:
+    y = x
+    y += x.tanh()
+    return y + x
+
+
+def _shared(m: Any, x: Any) -> Any:
+    h = x.tanh()
+    return h + (h.sigmoid() + x)
+
+
+REFUSED: dict[str, tuple[Step, str]] = {
+    "function": (lambda m, x: torch.cat([x, x]), r"know torch\.cat in the forward"),
+    "method": (lambda m, x: x.mean(), r"know Tensor\.mean in the forward"),
+    "functional": (lambda m, x: F.softmax(x, 1), r"know F\.softmax in"),
+    "operator": (lambda m, x: 2 * x, r"know operator\.mul in"),
+    "weights": (lambda m, x: F.linear(x, m.fc.weight), r"know F\.linear in"),
+    "parameter": (lambda m, x: x + m.fc.bias, r"know self\.fc\.bias in"),
+    "index": (lambda m, x: x[:, 0], r"know operator\.getitem in"),
+    "constant": (lambda m, x: x + 1, r"operator\.add has other arguments than two"),
+    "scaled sum": (
+        lambda m, x: torch.add(x, x, alpha=2),
+        r"torch\.add has other arguments than two",
+    ),
+    "decision": (_decide, "cannot be followed without data: it decides"),
+    "made inside": (lambda m, x: nn.ReLU()(x), "cannot be followed without data"),
+    "always dropped": (
+        lambda m, x: F.dropout(x, 0.5),
+        r"in evaluation mode.*training=self\.training",
+    ),
+    "never dropped": (lambda m, x: F.dropout(x, 0.5, False), "in evaluation mode"),
+    "mode": (lambda m, x: x.tanh() if m.training else x, "in evaluation mode"),
+    "size": (
+        lambda m, x: F.avg_pool2d(x, x.size(3)),
+        r"an option of F\.avg_pool2d depends on the data",
+    ),
+    "other size": (lambda m, x: x.view(x.size(0), x.size(1)), "depends on the data"),
+    "samples mixed": (lambda m, x: x.view(6, -1), r"Tensor\.view does not keep the"),
+    "samples second": (lambda m, x: x.view(-1, x.size(0)), "does not keep the"),
+    "wasted": (_wasted, r"the result of self\.act is not used"),
+    "overwritten": (_overwritten, r"operator\.iadd overwrites what is used elsewhere"),
+    "tangled": (_shared, r"the result of Tensor\.tanh is used more than once"),
+    "two tensors": (lambda m, x: m.act(x, x), "self.act is called with more than one"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_forwards(name: str) -> None:
+    step, message = REFUSED[name]
+    model = nn.Sequential(nn.Sequential(Free(step)))
+    before = {module: vars(module).copy() for module in model.modules()}
+    match = rf"(?s){message}.*Supported are nn\.Linear.*F\.relu"
+    with pytest.raises(TypeError, match=match) as info:
+        hbp.convert(model)
+    assert r"the forward of 0.0 (Free)" in str(info.value)
+    assert {module: vars(module) for module in model.modules()} == before
+
+
+def test_a_layer_of_a_forward_used_twice_is_named() -> None:
+    model = nn.Sequential(Free(lambda m, x: m.fc(x)))
+    with pytest.raises(ValueError, match=r"0\.fc \(Linear\) is used twice"):
+        hbp.convert(model)
+
+
+def test_weights_that_nothing_uses_are_named() -> None:
+    model = Free(lambda m, x: x)
+    model.aux = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"uses 0\.aux\.weight, 0\.aux\.bias"):
+        hbp.convert(nn.Sequential(model))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x, y: self.fc(x),
+        lambda self, x: (self.fc(x), x),
+        lambda self: None,
+    ],
+)
+def test_one_tensor_in_and_one_out(forward: Callable[..., Any]) -> None:
+    kind = type("Net", (Free,), {"forward": forward})
+    with pytest.raises(TypeError, match="must take one tensor and return one"):
+        hbp.convert(kind(None))
+
+
+def test_a_branch_that_overwrites_its_input_is_refused_as_it_runs() -> None:
+    twin = hbp.convert(Free(lambda m, x: F.relu(x, inplace=True) + x).double())
+    with pytest.raises(RuntimeError, match="changes its input in place"):
+        twin(randn(2, 6))
+
+
+def test_a_view_that_changes_the_number_of_samples_is_refused_as_it_runs() -> None:
+    twin = hbp.convert(Free(lambda m, x: x.view(-1, 6)).double())
+    message = r"HBPReshape\(-1, 6\) made \[4, 6\] of \[2, 12\]"
+    with pytest.raises(ValueError, match=message):
+        twin(randn(2, 12))
+    assert str(HBPReshape(None, 2, -1)) == "HBPReshape(N, 2, -1)"
+
+
+def test_inserted_layers_take_no_name_that_is_there() -> None:
+    model = Free(lambda m, x: m.tanh(x.tanh().tanh()).tanh())
+    model.tanh = nn.Linear(6, 6)
+    model.tanh_1 = nn.Sequential()
+    model.double().eval()
+    twin = hbp.convert(model)
+    assert _names(twin) == _names(model)
+    assert not any(module.training for module in twin.modules())
+    assert sum(isinstance(m, hbp.HBPTanh) for m in twin.modules()) == 3
+    _same_in_both_modes(twin, model, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("alexnet", 64), ("vgg11", 32), ("resnet18", 32)]
+)
+def test_models_of_torchvision(name: str, size: int) -> None:
+    models = pytest.importorskip("torchvision.models")
+    model = getattr(models, name)(weights=None, num_classes=3).double().eval()
+    twin = hbp.convert(model)
+    assert _names(twin) == _names(model)
+    x = randn(2, 3, size, size)
+    assert torch.equal(twin(x), model(x))
+    first, *_, last = model.parameters()
+    model.requires_grad_(False)
+    first.requires_grad_(True)
+    last.requires_grad_(True)
+    outputs = twin(x)
+    loss = F.cross_entropy(outputs, torch.tensor([0, 1]))
+    curvature = hbp.batch_summed_hessian(loss, outputs)
+    loss.backward()
+    twin.backward_hessian(curvature, modify_2nd_order_terms="zero")
+    close(last.hessian.to_dense(), curvature)
+    product = first.hessian @ first.detach().reshape(-1, 1)
+    assert product.isfinite().all()
+    assert product.any()

@@ -1,61 +1,188 @@
-"""From ``torch.nn`` to HBP layers that share the same parameters."""
+"""From ``torch.nn`` to HBP layers that share the same parameters.
+
+A layer becomes its HBP namesake, ``nn.Sequential`` an ``HBPSequential``. Of any other
+module, ``torch.fx`` records what ``forward`` does, and from the output back to the
+input this is read as a chain of layers and of shortcuts past them.
+"""
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
-from hbp.modules import (
-    HBPFlatten,
-    HBPLinear,
-    HBPModule,
-    HBPReLU,
-    HBPSequential,
-    HBPSigmoid,
-    HBPTanh,
-)
+from hbp import modules
+from hbp.maps import LinearMap
+from hbp.modules import HBPModule, HBPResidual, HBPSequential
+from hbp.modules.base import HessianPass
+from hbp.modules.shape import HBPReshape
+from hbp.operators import SymmetricOperator
 
 
 def convert(model: nn.Module) -> HBPModule:
-    """The HBP twin of a ``torch.nn`` model. It shares the model's parameters.
+    """The HBP twin of a ``torch.nn`` model. It shares parameters and buffers.
 
     ``model`` itself is left as it is. Training either trains both; names, and with
-    them ``state_dict`` keys, are the same. HBP layers are taken over as they are.
+    them ``state_dict`` keys, are the same. Train or eval mode is that of ``model``,
+    module by module. HBP layers are taken over as they are.
+
+    A module with a ``forward`` of its own is supported if that passes one tensor
+    through layers and functions that have an HBP layer, one after the other, and adds
+    shortcuts, ``x + branch(x)`` or ``shortcut(x) + branch(x)``. Functions and a second
+    use of a layer without parameters, such as one ``nn.ReLU()`` for a whole block,
+    become layers of their own beside the named ones.
 
     Args:
-        model: A supported layer, or an ``nn.Sequential`` nest of them.
+        model: A supported layer, or any nest of ``nn.Sequential`` and such modules.
 
     Raises:
-        TypeError: a layer is not supported; the message names it and lists those
-            that are. Subclasses are not: they may compute something else.
-        ValueError: a layer has forward or backward hooks, which would be lost.
+        TypeError: a layer or function is not supported, or ``forward`` does something
+            else than the above; the message names it and lists what is supported.
+            Subclasses of layers are not: they may compute something else.
+        ValueError: a layer has forward or backward hooks, which would be lost;
+            a parameter or buffer is tied, used twice or not at all.
     """
-    return _convert(model, path="")
+    _refuse_tied(model)
+    return _Conversion().twin(model, path="")
 
 
-def _convert(model: nn.Module, path: str) -> HBPModule:
-    if isinstance(model, HBPModule) and not isinstance(model, HBPSequential):
-        return model
-    rule = _RULES.get(type(model))
-    if rule is None:
-        names = ", ".join(
-            f"nn.{kind.__name__}"
-            for kind in _RULES
-            if kind.__module__.startswith("torch.")
-        )
-        raise TypeError(
-            f"convert() does not know {path or 'the model'}: {model}. Supported are "
-            f"{names} and HBP layers."
-        )
-    if any(getattr(model, name) for name in _HOOKS):
-        raise ValueError(
-            f"{path or 'The model'} ({type(model).__name__}) has hooks, which "
-            "convert() would lose. Remove them first."
-        )
-    return rule(model, path).train(model.training)
+# Layers: nn.X becomes HBPX.
+_LAYERS: dict[type[nn.Module], type[HBPModule]] = {
+    getattr(nn, kind.__name__.removeprefix("HBP")): kind
+    for kind in (
+        modules.HBPLinear,
+        modules.HBPConv1d,
+        modules.HBPConv2d,
+        modules.HBPConv3d,
+        modules.HBPConvTranspose1d,
+        modules.HBPConvTranspose2d,
+        modules.HBPConvTranspose3d,
+        modules.HBPSigmoid,
+        modules.HBPTanh,
+        modules.HBPReLU,
+        modules.HBPReLU6,
+        modules.HBPLeakyReLU,
+        modules.HBPELU,
+        modules.HBPSELU,
+        modules.HBPCELU,
+        modules.HBPGELU,
+        modules.HBPSiLU,
+        modules.HBPMish,
+        modules.HBPSoftplus,
+        modules.HBPSoftsign,
+        modules.HBPLogSigmoid,
+        modules.HBPHardtanh,
+        modules.HBPHardswish,
+        modules.HBPMaxPool1d,
+        modules.HBPMaxPool2d,
+        modules.HBPMaxPool3d,
+        modules.HBPAvgPool1d,
+        modules.HBPAvgPool2d,
+        modules.HBPAvgPool3d,
+        modules.HBPAdaptiveAvgPool1d,
+        modules.HBPAdaptiveAvgPool2d,
+        modules.HBPAdaptiveAvgPool3d,
+        modules.HBPBatchNorm1d,
+        modules.HBPBatchNorm2d,
+        modules.HBPBatchNorm3d,
+        modules.HBPLayerNorm,
+        modules.HBPDropout,
+        modules.HBPDropout1d,
+        modules.HBPDropout2d,
+        modules.HBPDropout3d,
+        modules.HBPZeroPad1d,
+        modules.HBPZeroPad2d,
+        modules.HBPZeroPad3d,
+        modules.HBPFlatten,
+        modules.HBPUnflatten,
+        modules.HBPIdentity,
+    )
+}
 
+
+def _flatten(start_dim: int = 0, end_dim: int = -1) -> HBPModule:
+    return modules.HBPFlatten(start_dim, end_dim)
+
+
+def _max_pool(kind: Callable[..., HBPModule]) -> Callable[..., HBPModule]:
+    """The layer's constructor, with its arguments in the function's order."""
+
+    def build(
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> HBPModule:
+        options = dilation, return_indices, ceil_mode
+        return kind(kernel_size, stride or None, padding, *options)
+
+    return build
+
+
+def _dropout(kind: Callable[..., HBPModule]) -> Callable[..., HBPModule]:
+    """The layer's constructor; ``_trace`` has seen ``training`` follow the module."""
+
+    def build(
+        p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> HBPModule:
+        return kind(p, inplace)
+
+    return build
+
+
+# Functions, and methods of tensors by name: what makes an HBP layer of the arguments
+# after the first, which is the tensor. Several are the same for torch.fx.
+_FUNCTIONS: dict[Any, Callable[..., HBPModule]] = {
+    F.relu: modules.HBPReLU,
+    torch.relu: modules.HBPReLU,
+    "relu": modules.HBPReLU,
+    F.sigmoid: modules.HBPSigmoid,
+    torch.sigmoid: modules.HBPSigmoid,
+    "sigmoid": modules.HBPSigmoid,
+    F.tanh: modules.HBPTanh,
+    torch.tanh: modules.HBPTanh,
+    "tanh": modules.HBPTanh,
+    F.relu6: modules.HBPReLU6,
+    F.leaky_relu: modules.HBPLeakyReLU,
+    F.elu: modules.HBPELU,
+    F.selu: modules.HBPSELU,
+    F.celu: modules.HBPCELU,
+    F.gelu: modules.HBPGELU,
+    F.silu: modules.HBPSiLU,
+    F.mish: modules.HBPMish,
+    F.softplus: modules.HBPSoftplus,
+    F.softsign: modules.HBPSoftsign,
+    F.logsigmoid: modules.HBPLogSigmoid,
+    F.hardtanh: modules.HBPHardtanh,
+    F.hardswish: modules.HBPHardswish,
+    F.max_pool1d: _max_pool(modules.HBPMaxPool1d),
+    F.max_pool2d: _max_pool(modules.HBPMaxPool2d),
+    F.max_pool3d: _max_pool(modules.HBPMaxPool3d),
+    F.avg_pool1d: modules.HBPAvgPool1d,
+    F.avg_pool2d: modules.HBPAvgPool2d,
+    F.avg_pool3d: modules.HBPAvgPool3d,
+    F.adaptive_avg_pool1d: modules.HBPAdaptiveAvgPool1d,
+    F.adaptive_avg_pool2d: modules.HBPAdaptiveAvgPool2d,
+    F.adaptive_avg_pool3d: modules.HBPAdaptiveAvgPool3d,
+    F.dropout: _dropout(modules.HBPDropout),
+    F.dropout1d: _dropout(modules.HBPDropout1d),
+    F.dropout2d: _dropout(modules.HBPDropout2d),
+    F.dropout3d: _dropout(modules.HBPDropout3d),
+    torch.flatten: _flatten,
+    "flatten": _flatten,
+}
+_RESHAPES = (torch.reshape, "reshape", "view")
+_IN_PLACE_SUMS = (operator.iadd, "add_")
+_SUMS = (operator.add, torch.add, "add", *_IN_PLACE_SUMS)
+_SHAPES = (getattr, operator.getitem, "size")
 
 _HOOKS = (
     "_forward_hooks",
@@ -65,40 +192,457 @@ _HOOKS = (
 )
 
 
-def _linear(layer: nn.Module, path: str) -> HBPModule:
-    assert isinstance(layer, nn.Linear)
-    # On the meta device nothing is allocated, and no random number drawn.
-    twin = HBPLinear(layer.in_features, layer.out_features, device="meta")
-    twin.weight, twin.bias = layer.weight, layer.bias
+class Converted(HBPModule):
+    """The twin of a module that has a ``forward`` of its own.
+
+    Its children have the names that they have in that module. What runs is a chain
+    of the same children, which is no child itself, so that names stay as they are.
+
+    Args:
+        chain: What ``forward`` does.
+        children: The layers in it, by name; they may be inside plain containers.
+    """
+
+    _chain: HBPSequential
+
+    def __init__(self, chain: HBPSequential, children: dict[str, nn.Module]) -> None:
+        super().__init__()
+        vars(self)["_chain"] = chain
+        self._modules.update(children)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the module's ``forward`` computes."""
+        output: Tensor = self._chain(input)
+        return output
+
+    def _send_back(
+        self,
+        output_hessian: SymmetricOperator,
+        hessian_pass: HessianPass,
+        compute_input_hessian: bool,
+    ) -> SymmetricOperator | None:
+        return self._chain._send_back(
+            output_hessian, hessian_pass, compute_input_hessian
+        )
+
+    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        return self._chain._jacobian(hessian_pass)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another layer, which would not be in the chain."""
+        if name in vars(self).get("_modules", {}):
+            raise AttributeError(
+                f"{name!r} of a converted model cannot be replaced. Replace it in the "
+                "torch.nn model, and convert() that again."
+            )
+        super().__setattr__(name, value)
+
+
+class _Conversion:
+    """One call of ``convert``; it knows which layers it has met."""
+
+    def __init__(self) -> None:
+        self._met: dict[nn.Module, str] = {}
+
+    def twin(self, module: nn.Module, path: str) -> HBPModule:
+        if isinstance(module, HBPModule) and not isinstance(module, HBPSequential):
+            self._meet(module, path)
+            return module
+        kind = _LAYERS.get(type(module))
+        is_sequential = type(module).forward is nn.Sequential.forward
+        # torch's other layers, and subclasses, are no chains of HBP layers.
+        foreign = type(module).__module__.partition(".")[0] == "torch"
+        foreign = foreign or isinstance(module, tuple(_LAYERS))
+        if foreign and not (kind or is_sequential):
+            raise _unsupported(f"{_named(path)}: {module}")
+        _refuse_changed(module, path)
+        if kind is not None:
+            if any(True for _ in _state(module)):
+                self._meet(module, path)
+            return _share(module, kind)
+        if is_sequential:
+            return self._sequential(module, path)
+        return _Reading(self, module, path).twin()
+
+    def _meet(self, module: nn.Module, path: str) -> None:
+        if module in self._met:
+            raise ValueError(
+                f"{_named(path)} ({type(module).__name__}) is used twice. It records "
+                "one forward pass, so its curvature would be wrong; use two layers."
+            )
+        self._met[module] = path
+
+    def _sequential(self, module: nn.Module, path: str) -> HBPModule:
+        # Not named_children(), which leaves out a layer that occurs again.
+        twins: OrderedDict[str, nn.Module] = OrderedDict(
+            (name, self.twin(child, _join(path, name)))
+            for name, child in module._modules.items()
+            if child is not None
+        )
+        twin = HBPSequential(twins)
+        twin.training = module.training
+        _refuse_unused(module, twin, path)
+        return twin
+
+
+def _share(layer: nn.Module, kind: type[HBPModule]) -> HBPModule:
+    """A layer of another class in the same state; nothing is drawn or allocated."""
+    twin = kind.__new__(kind)
+    twin.__setstate__(_copied_state(layer))
     return twin
 
 
-def _flatten(layer: nn.Module, path: str) -> HBPModule:
-    assert isinstance(layer, nn.Flatten)
-    return HBPFlatten(layer.start_dim, layer.end_dim)
+def _copied_state(module: nn.Module) -> dict[str, Any]:
+    """What makes a module, with dictionaries of its own, but the same tensors."""
+    state = vars(module).items()
+    return {
+        name: copy.copy(value) if isinstance(value, dict | list | set) else value
+        for name, value in state
+        if name != "_compiled_call_impl"  # It would run the user's layer instead.
+    }
 
 
-def _relu(layer: nn.Module, path: str) -> HBPModule:
-    assert isinstance(layer, nn.ReLU)
-    return HBPReLU(layer.inplace)
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    twin = type(module).__new__(type(module))
+    vars(twin).update(_copied_state(module))
+    return twin
 
 
-def _sequential(model: nn.Module, path: str) -> HBPModule:
-    # Not named_children(), which leaves out a layer that occurs again.
-    children = [(name, child) for name, child in model._modules.items() if child]
-    twins = [
-        (name, _convert(child, f"{path}.{name}".lstrip(".")))
-        for name, child in children
+class _Proxy(fx.Proxy):  # type: ignore[no-any-unimported, misc, unused-ignore]
+    """What stands for a tensor; torch.fx itself takes ``+=`` for ``+``."""
+
+    def __iadd__(self, other: Any) -> Any:
+        arguments = (self, other)
+        return self.tracer.create_proxy("call_function", operator.iadd, arguments, {})
+
+
+class _Tracer(fx.Tracer):
+    """Records the calls of a module's own ``forward``, and none inside its children."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class _Reading:
+    """The ``forward`` of a module, read as a chain of layers and shortcuts.
+
+    Args:
+        conversion: What makes twins of the children.
+        module: A module with a forward of its own.
+        path: Its name in the model.
+    """
+
+    def __init__(self, conversion: _Conversion, module: nn.Module, path: str) -> None:
+        self._conversion = conversion
+        self._module, self._path = module, path
+        self._where = f"the forward of {_named(path)} ({type(module).__name__})"
+        self._graph = self._trace()
+        self._children: dict[str, HBPModule] = {}
+        self._made: dict[fx.Node, HBPModule] = {}
+        self._read: set[fx.Node] = set()
+        # The latest value that all paths to a value go through.
+        self._before: dict[fx.Node, fx.Node] = {}
+        for node in self._graph.nodes:
+            if node.op.startswith("call") and node.target not in _SHAPES:
+                self._before[node] = self._fork(self._operands(node))
+
+    def twin(self) -> HBPModule:
+        chain = HBPSequential(*self._steps(*self._ends()))
+        for node in self._before:
+            if node not in self._read:
+                raise self._error(f"the result of {_described(node)} is not used")
+        _refuse_unused(self._module, chain, self._path)
+        children = dict(self._tree(self._module, ""))
+        named = {layer for child in children.values() for layer in child.modules()}
+        for node in reversed(self._made):
+            if self._made[node] not in named:
+                children[_free(node.name, children)] = self._made[node]
+        twin = Converted(chain, children)
+        twin.training = self._module.training
+        return twin
+
+    def _trace(self) -> fx.Graph:
+        """What ``forward`` does; the same in training and evaluation, but dropout."""
+        in_training, in_evaluation = self._traced(True), self._traced(False)
+        if _summary(in_training, True) != _summary(in_evaluation, False):
+            raise self._error(
+                "it does different things in training and in evaluation mode (for "
+                "dropout, use nn.Dropout or F.dropout(x, training=self.training))"
+            )
+        return in_training
+
+    def _traced(self, training: bool) -> fx.Graph:
+        # What forward may assign to self, and torch.fx does, goes to a copy.
+        stand_in = _shallow_copy(self._module)
+        stand_in.training = training
+        try:
+            return _Tracer().trace(stand_in)
+        except Exception as error:
+            raise self._error(
+                "it cannot be followed without data: it decides, counts or converts "
+                "by values or sizes of tensors, or makes layers as it runs"
+            ) from error
+
+    def _ends(self) -> tuple[fx.Node, fx.Node]:
+        """The output and the input."""
+        inputs = [node for node in self._graph.nodes if node.op == "placeholder"]
+        (result,) = next(node for node in self._graph.nodes if node.op == "output").args
+        if len(inputs) != 1 or not isinstance(result, fx.Node):
+            raise self._error("it must take one tensor and return one")
+        self._require_value(result)
+        return result, inputs[0]
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """The values that a step takes: one, or the two of a sum."""
+        known = node.op == "call_module" or node.target in (
+            *_FUNCTIONS,
+            *_RESHAPES,
+            *_SUMS,
+        )
+        if not known:
+            raise _unsupported(f"{_described(node)} in {self._where}")
+        count = 2 if node.target in _SUMS else 1
+        operands = [value for value in node.args[:count] if isinstance(value, fx.Node)]
+        others = (node.args[count:], node.kwargs)
+        if len(operands) < count or (count == 2 and any(others)):
+            raise self._error(
+                f"{_described(node)} has other arguments than "
+                f"{'two values' if count == 2 else 'a value and options'}"
+            )
+        for value in operands:
+            self._require_value(value)
+        if node.target in _IN_PLACE_SUMS and len(operands[0].users) > 1:
+            raise self._error(
+                f"{_described(node)} overwrites what is used elsewhere, too; write "
+                "x + y"
+            )
+        return operands
+
+    def _require_value(self, node: fx.Node) -> None:
+        if node.op != "placeholder" and node not in self._before:
+            raise _unsupported(f"{_described(node)} in {self._where}")
+
+    def _fork(self, operands: list[fx.Node]) -> fx.Node:
+        first = operands[0]
+        if len(operands) == 1:
+            return first
+        past = set(self._line(operands[1]))
+        return next(node for node in self._line(first) if node in past)
+
+    def _line(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The values that all paths to a value go through, from it to the input."""
+        yield node
+        while node in self._before:
+            node = self._before[node]
+            yield node
+
+    def _steps(self, end: fx.Node, start: fx.Node) -> list[HBPModule]:
+        """The layers that lead from one value to a later one."""
+        steps = []
+        while end is not start:
+            if end in self._read:
+                raise self._error(
+                    f"the result of {_described(end)} is used more than once, and "
+                    "not as x + branch(x) or shortcut(x) + branch(x)"
+                )
+            self._read.add(end)
+            read = self._residual if end.target in _SUMS else self._step
+            steps.append(read(end))
+            end = self._before[end]
+        return [step for step in reversed(steps) if not _is_empty(step)]
+
+    def _residual(self, node: fx.Node) -> HBPModule:
+        # Random layers draw in the order of forward, and a branch comes first.
+        order = list(self._graph.nodes)
+        ends = sorted(self._operands(node), key=order.index)
+        paths = [self._steps(end, self._before[node]) for end in ends]
+        # A path without layers is the identity.
+        branch, *shortcut = [path for path in paths if path] or [[]]
+        return HBPResidual(
+            HBPSequential(*branch), *(HBPSequential(*path) for path in shortcut)
+        )
+
+    def _step(self, node: fx.Node) -> HBPModule:
+        if node.op == "call_module":
+            twin = self._child(node)
+        elif node.target in _RESHAPES:
+            twin = HBPReshape(*self._shape(node))
+            twin.training = self._module.training
+        else:
+            options = node.args[1:], node.kwargs
+            self._require_constant(node, options)
+            twin = _FUNCTIONS[node.target](*options[0], **options[1])
+            twin.training = self._module.training
+        self._made[node] = twin
+        return twin
+
+    def _child(self, node: fx.Node) -> HBPModule:
+        name = str(node.target)
+        if len(node.args) > 1 or node.kwargs:
+            raise self._error(f"{name} is called with more than one tensor")
+        child = self._module.get_submodule(name)
+        twin = self._conversion.twin(child, _join(self._path, name))
+        self._children[name] = twin
+        return twin
+
+    def _shape(self, node: fx.Node) -> list[int | None]:
+        """The arguments of a reshape, with None for the number of samples."""
+        sizes = node.args[1:]
+        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+            sizes = tuple(sizes[0])
+        shape: list[Any] = [None if _is_batch_size(size) else size for size in sizes]
+        self._require_constant(node, shape)
+        if not shape or shape[0] not in (None, -1) or None in shape[1:]:
+            raise self._error(
+                f"{_described(node)} does not keep the samples apart; write "
+                "x.flatten(1), or x.reshape(x.size(0), ...)"
+            )
+        return shape
+
+    def _require_constant(self, node: fx.Node, options: Any) -> None:
+        found: list[fx.Node] = []
+        fx.node.map_arg(options, found.append)
+        if found:
+            raise self._error(
+                f"an option of {_described(node)} depends on the data or its size; "
+                "write a number, or use an adaptive layer"
+            )
+
+    def _tree(self, module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        """The children under their names, some in containers that do not run."""
+        for name, child in module._modules.items():
+            path = prefix + name
+            if path in self._children:
+                yield name, self._children[path]
+            elif child is not None and any(
+                used.startswith(f"{path}.") for used in self._children
+            ):
+                container = _shallow_copy(child)
+                container._modules = dict(self._tree(child, f"{path}."))
+                yield name, container
+
+    def _error(self, what: str) -> TypeError:
+        return TypeError(
+            f"convert() cannot turn {self._where} into HBP layers: {what}. "
+            f"{_supported()}"
+        )
+
+
+def _summary(graph: fx.Graph, training: bool) -> list[tuple[Any, ...]]:
+    """All that is done, but for options that say that this is training, or is not."""
+
+    def options(node: fx.Node) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in node.kwargs.items()
+            if not (name == "training" and value is training)
+        }
+
+    return [
+        (node.op, node.target, str(node.args), str(options(node)))
+        for node in graph.nodes
     ]
-    return HBPSequential(OrderedDict(twins))
 
 
-_RULES: dict[type[nn.Module], Callable[[nn.Module, str], HBPModule]] = {
-    nn.Linear: _linear,
-    nn.Sigmoid: lambda layer, path: HBPSigmoid(),
-    nn.Tanh: lambda layer, path: HBPTanh(),
-    nn.ReLU: _relu,
-    nn.Flatten: _flatten,
-    nn.Sequential: _sequential,
-    HBPSequential: _sequential,
+def _is_batch_size(size: Any) -> bool:
+    """Whether it is x.size(0), x.size()[0] or x.shape[0]."""
+    if not isinstance(size, fx.Node):
+        return False
+    if size.target == "size":
+        return size.args[1:] == (0,) or size.kwargs == {"dim": 0}
+    return size.target is operator.getitem and size.args[1:] == (0,)
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return isinstance(module, HBPSequential) and all(map(_is_empty, module))
+
+
+def _free(name: str, taken: Iterable[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}".lstrip(".")
+
+
+def _named(path: str) -> str:
+    return path or "the model"
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each under all its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    names: dict[Tensor, str] = {}
+    for name, tensor in _state(model):
+        first = names.setdefault(tensor, name)
+        if first != name:
+            raise ValueError(
+                f"{first} and {name} are the same tensor. Curvature of tied or reused "
+                "weights is not supported; give each layer its own."
+            )
+
+
+def _refuse_unused(module: nn.Module, twin: nn.Module, path: str) -> None:
+    used = {tensor for _, tensor in _state(twin)}
+    unused = [_join(path, name) for name, t in _state(module) if t not in used]
+    if unused:
+        raise ValueError(
+            f"No layer that runs uses {', '.join(unused)}, so there is no curvature "
+            "for it. Delete it from the model first."
+        )
+
+
+def _refuse_changed(module: nn.Module, path: str) -> None:
+    what = f"{path or 'The model'} ({type(module).__name__})"
+    if any(getattr(module, name) for name in _HOOKS):
+        raise ValueError(
+            f"{what} has hooks, which convert() would lose. Remove them first."
+        )
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{what} was given another forward, which convert() would lose. Put it "
+            "into a class."
+        )
+
+
+def _unsupported(what: str) -> TypeError:
+    return TypeError(f"convert() does not know {what}. {_supported()}")
+
+
+def _supported() -> str:
+    layers = ", ".join(f"nn.{kind.__name__}" for kind in _LAYERS)
+    functions = dict.fromkeys(map(_function_name, (*_FUNCTIONS, *_RESHAPES, *_SUMS)))
+    return (
+        f"Supported are {layers}, nn.Sequential and HBP layers, and modules whose "
+        f"forward chains these and {', '.join(functions)}."
+    )
+
+
+def _described(node: fx.Node) -> str:
+    """A step, as a reader of the model's code would call it."""
+    if node.op in ("call_function", "call_method"):
+        return _function_name(node.target)
+    return f"self.{node.target}"
+
+
+def _function_name(function: Any) -> str:
+    if isinstance(function, str):
+        return f"Tensor.{function}"
+    home = str(function.__module__)
+    return f"{_HOMES.get(home, home)}.{function.__name__}"
+
+
+_HOMES = {
+    "torch.nn.functional": "F",
+    "torch._C._nn": "F",
+    "_operator": "operator",
 }
