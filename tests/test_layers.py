@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -167,11 +167,11 @@ def run(model: hbp.HBPModule, inputs: Tensor, labels: Tensor) -> tuple[Tensor, T
 @pytest.fixture(params=LAYERS, ids=str)
 def case(
     request: pytest.FixtureRequest,
-) -> Iterator[tuple[hbp.HBPModule, Tensor, Tensor]]:
+) -> tuple[hbp.HBPModule, Tensor, Tensor]:
     make, shape = LAYERS[request.param]
     torch.manual_seed(0)
     model = between(make(), shape)
-    yield model, *batch(model, shape)
+    return model, *batch(model, shape)
 
 
 @pytest.mark.parametrize("treatment", TREATMENTS[1:])
