@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from hbp.operators import SymmetricOperator
 
 COLUMNS_AT_ONCE: Final = 256
-"""Columns of the identity that are multiplied at a time."""
+"""Columns of the identity that are multiplied at a time, at most."""
+
+ENTRIES_AT_ONCE: Final = 2**24
+"""Entries of such columns or of their images, at most: 64 MiB in float32."""
+
+
+def columns_at_once(features: int) -> int:
+    """How many vectors of that many entries are multiplied at a time; at least 1."""
+    return max(1, min(COLUMNS_AT_ONCE, ENTRIES_AT_ONCE // features))
 
 
 class Watched:
@@ -106,9 +114,9 @@ class LinearMap(ABC):
     def congruence_diagonal(self, operator: SymmetricOperator) -> Tensor:
         """The diagonal of JᵀMJ, [x], a few columns of the identity at a time."""
         like = torch.empty((), dtype=operator.dtype, device=operator.device)
-        parts = []
-        for start in range(0, self.in_size, COLUMNS_AT_ONCE):
-            count = min(COLUMNS_AT_ONCE, self.in_size - start)
+        step, parts = columns_at_once(max(self.in_size, self.out_size)), []
+        for start in range(0, self.in_size, step):
+            count = min(step, self.in_size - start)
             columns = like.new_zeros(self.in_size, count)
             columns[start : start + count].fill_diagonal_(1)
             image = self.forward(columns)
@@ -310,7 +318,7 @@ class DenseSampleMap(SampleMap):
         _ = self._weight.value
 
 
-class JacobianMap(SampleMap):
+class JacobianMap(LinearMap):
     """A dense Jacobian of its own for each sample.
 
     Args:
@@ -318,16 +326,20 @@ class JacobianMap(SampleMap):
     """
 
     def __init__(self, jacobians: Tensor) -> None:
-        super().__init__(len(jacobians), jacobians.shape[2:], jacobians.shape[1:2])
+        self.in_size = jacobians.shape[::2].numel()
+        self.out_size = jacobians.shape[:2].numel()
         self.jacobians = jacobians
 
-    def _apply(self, batch: Tensor) -> Tensor:
-        columns = batch.reshape(-1, *self.jacobians.shape[::2], 1)
-        return self.jacobians @ columns
+    def forward(self, columns: Tensor) -> Tensor:
+        return self._multiply(self.jacobians, columns)
 
-    def _apply_transpose(self, batch: Tensor) -> Tensor:
-        columns = batch.reshape(-1, *self.jacobians.shape[:2], 1)
-        return self.jacobians.mT @ columns
+    def transpose(self, columns: Tensor) -> Tensor:
+        return self._multiply(self.jacobians.mT, columns)
+
+    def _multiply(self, matrices: Tensor, columns: Tensor) -> Tensor:
+        # One product per sample for all columns: one per column copies the matrices.
+        parts = columns.reshape(*matrices.shape[::2], -1)
+        return (matrices @ parts).flatten(0, 1)
 
 
 class SelectionMap(LinearMap):

@@ -37,13 +37,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hbp.maps import (
-    COLUMNS_AT_ONCE,
-    DiagonalMap,
-    LinearMap,
-    MatrixMap,
-    Watched,
-)
+from hbp.maps import DiagonalMap, LinearMap, MatrixMap, Watched, columns_at_once
 
 _dense_limit = 2**29
 
@@ -560,15 +554,17 @@ class Congruence(SymmetricOperator):
 
     @property
     def _outer_is_small(self) -> bool:
-        """Whether forming H is cheap next to what it is for."""
-        return self.outer.shape[0] <= 4 * max(self.shape[0], DENSE_FEATURES)
+        """Whether forming H is cheap next to what it is for, and within the limit."""
+        small = self.outer.shape[0] <= 4 * max(self.shape[0], DENSE_FEATURES)
+        return small and self.outer.fits
 
     def _dense(self) -> Tensor:
         return self._matrix
 
     def _product(self, columns: Tensor) -> Tensor:
         formed = "_matrix" in self.__dict__
-        if formed or (self.shape[0] <= DENSE_FEATURES and self._outer_is_small):
+        small = self.shape[0] <= DENSE_FEATURES and self.fits
+        if formed or (small and self._outer_is_small):
             self.require_fresh()
             return self._matrix @ columns
         return self._by_factors(columns)
@@ -1183,7 +1179,8 @@ def _columns_of(operator: Congruence) -> Tensor:
     """The matrix by its products, a few columns at a time."""
     size = operator.shape[0]
     matrix = torch.eye(size, dtype=operator.dtype, device=operator.device)
-    for part in matrix.split(COLUMNS_AT_ONCE, dim=1):
+    widest = max(size, operator.jacobian.out_size)
+    for part in matrix.split(columns_at_once(widest), dim=1):
         part.copy_(operator._by_factors(part.clone()))
     return matrix
 

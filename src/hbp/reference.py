@@ -14,7 +14,7 @@ row-major. Models are copied first, so none is changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -112,7 +112,8 @@ def exact_blocks(
     by sample.
 
     Args:
-        model: A layer, or a nest of ``nn.Sequential``.
+        model: A layer, or a nest of ``nn.Sequential`` and of residual blocks: modules
+            with a ``branch`` and a ``shortcut``, or None for the identity.
         loss_func: A sum or mean over samples.
         inputs: [N, ...].
         targets: [N, ...].
@@ -148,9 +149,12 @@ def batch_blocks(
     With H̄ the batch-summed curvature w.r.t. a layer's output and J_n its Jacobian at
     sample n, an averaged Jacobian gives E[J]ᵀ H̄ E[J], an averaged product
     E[Jᵀ H̄ J]. Second-order terms are summed over the batch first, then modified.
+    Where two paths of averaged Jacobians A and B meet in a sum, their curvatures and
+    AᵀH̄B + BᵀH̄A add up.
 
     Args:
-        model: A layer, or a nest of ``nn.Sequential``.
+        model: A layer, or a nest of ``nn.Sequential`` and of residual blocks: modules
+            with a ``branch`` and a ``shortcut``, or None for the identity.
         loss_func: A sum or mean over samples.
         inputs: [N, ...].
         targets: [N, ...].
@@ -171,8 +175,32 @@ def batch_blocks(
     )
 
 
+class _Leaf(NamedTuple):
+    """A layer, its input x, [N, ...], and its output z, [N, ...]."""
+
+    prefix: str
+    layer: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+class _Chain(NamedTuple):
+    """Steps one after the other."""
+
+    steps: list[_Step]
+
+
+class _Fork(NamedTuple):
+    """Paths from the same x, whose outputs are added. An empty chain is x itself."""
+
+    paths: list[_Step]
+
+
+_Step = _Leaf | _Chain | _Fork
+
+
 class _Trace:
-    """The layers with their inputs x, [N, ...], and δ = ∂loss/∂z, [N, ...]."""
+    """One forward pass: its steps, and the δ = ∂loss/∂z, [N, ...], of every leaf."""
 
     def __init__(
         self,
@@ -181,21 +209,50 @@ class _Trace:
         inputs: Tensor,
         targets: Tensor,
     ) -> None:
-        self.layers = list(_layers(model))
-        self.inputs: list[Tensor] = []
-        outputs = []
-        x = inputs.detach()
-        for _, layer in self.layers:
-            self.inputs.append(x.detach())
-            # A clone, so that an in-place layer overwrites nothing that is kept.
-            x = layer(x.clone().requires_grad_())
-            outputs.append(x)
+        self.leaves: list[_Leaf] = []
+        self.root, x = self._run(model, "", inputs.detach().requires_grad_())
         loss = loss_func(x, targets)
-        self.output_gradients = torch.autograd.grad(loss, outputs)
+        outputs = [leaf.output for leaf in self.leaves]
+        gradients = torch.autograd.grad(loss, outputs)
+        # By the order of the forward pass: a layer may occur twice.
+        self.output_gradients = {
+            id(leaf): delta for leaf, delta in zip(self.leaves, gradients, strict=True)
+        }
         n, size = len(x), x.numel()
         full = hessian(loss_func)(x.detach(), targets).reshape(size, size)
         blocks = full.reshape(n, size // n, n, size // n)
         self.output_hessians = torch.stack([blocks[i, :, i] for i in range(n)])
+
+    def _run(self, module: nn.Module, prefix: str, x: Tensor) -> tuple[_Step, Tensor]:
+        if isinstance(module, nn.Sequential):
+            chain = _Chain([])
+            # Not named_children(), which leaves out a layer that occurs again.
+            for name, child in module._modules.items():
+                assert child is not None
+                step, x = self._run(child, f"{prefix}{name}.", x)
+                chain.steps.append(step)
+            return chain, x
+        if "branch" in module._modules:
+            # Without a shortcut, x itself: a chain of no steps.
+            sequences = [
+                (name, module._modules.get(name) or nn.Sequential())
+                for name in ("branch", "shortcut")
+            ]
+            ran = [self._run(path, f"{prefix}{name}.", x) for name, path in sequences]
+            return _Fork([step for step, _ in ran]), ran[0][1] + ran[1][1]
+        # A clone, so that an in-place layer overwrites nothing that is kept.
+        leaf = _Leaf(prefix, module, x.detach(), module(x.clone()))
+        self.leaves.append(leaf)
+        # Another one, so that the next layer leaves z alone.
+        return leaf, leaf.output.clone()
+
+
+class _Averaging(NamedTuple):
+    """What a recursion does at each layer."""
+
+    modify: str | None
+    average_input_jacobian: bool
+    average_parameter_jacobian: bool
 
 
 def _send_back(
@@ -205,22 +262,47 @@ def _send_back(
     average_input_jacobian: bool,
     average_parameter_jacobian: bool,
 ) -> Curvature:
+    rules = _Averaging(modify, average_input_jacobian, average_parameter_jacobian)
     H = trace.output_hessians[samples].sum(0)
     parameters: dict[str, Tensor] = {}
-    steps = zip(trace.layers, trace.inputs, trace.output_gradients, strict=True)
-    for (prefix, layer), inputs, output_gradients in reversed(list(steps)):
-        xs, deltas = inputs[samples], output_gradients[samples]
-        for name, parameter in _parameters(layer).items():
-            function = partial(_vary_parameter, layer, name)
-            arguments = [(parameter, x) for x in xs]
-            jacobians, second_order = _derivatives(function, arguments, deltas)
-            block = _pull_back(H, jacobians, average_parameter_jacobian)
-            parameters[prefix + name] = block + _modify(second_order, modify)
-        function = partial(_vary_input, layer)
-        jacobians, second_order = _derivatives(function, [(x,) for x in xs], deltas)
-        H = _pull_back(H, jacobians, average_input_jacobian)
-        H = H + _modify(second_order, modify)
+    H, _ = _send_back_step(trace, trace.root, samples, rules, H, parameters)
     return Curvature(H, parameters)
+
+
+def _send_back_step(
+    trace: _Trace,
+    step: _Step,
+    samples: slice,
+    rules: _Averaging,
+    H: Tensor,
+    parameters: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """H_x and E[∂z/∂x] of a step; the blocks of its parameters join ``parameters``."""
+    if isinstance(step, _Chain):
+        jacobian = torch.eye(len(H), dtype=H.dtype)
+        for below in reversed(step.steps):
+            H, J = _send_back_step(trace, below, samples, rules, H, parameters)
+            jacobian = jacobian @ J
+        return H, jacobian
+    if isinstance(step, _Fork):
+        (H_s, A), (H_t, B) = [
+            _send_back_step(trace, path, samples, rules, H, parameters)
+            for path in step.paths
+        ]
+        # With one J for all samples, (A + B)ᵀH(A + B) and second-order terms.
+        return H_s + H_t + A.T @ H @ B + B.T @ H @ A, A + B
+    layer, modify = step.layer, rules.modify
+    xs, deltas = step.input[samples], trace.output_gradients[id(step)][samples]
+    for name, parameter in _parameters(layer).items():
+        function = partial(_vary_parameter, layer, name)
+        arguments = [(parameter, x) for x in xs]
+        jacobians, second_order = _derivatives(function, arguments, deltas)
+        block = _pull_back(H, jacobians, rules.average_parameter_jacobian)
+        parameters[step.prefix + name] = block + _modify(second_order, modify)
+    function = partial(_vary_input, layer)
+    jacobians, second_order = _derivatives(function, [(x,) for x in xs], deltas)
+    H = _pull_back(H, jacobians, rules.average_input_jacobian)
+    return H + _modify(second_order, modify), jacobians.mean(0)
 
 
 def _vary_parameter(layer: nn.Module, name: str, theta: Tensor, x: Tensor) -> Tensor:
@@ -271,16 +353,6 @@ def _modify(second_order: Tensor, how: str | None) -> Tensor:
     values, vectors = torch.linalg.eigh(second_order)
     values = {"abs": values.abs(), "clip": values.clamp(min=0)}[how]
     return vectors * values @ vectors.mT
-
-
-def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(model, nn.Sequential):
-        # Not named_children(), which leaves out a layer that occurs again.
-        for name, child in model._modules.items():
-            assert child is not None
-            yield from _layers(child, f"{prefix}{name}.")
-    else:
-        yield prefix, model
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:

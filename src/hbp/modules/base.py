@@ -17,6 +17,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ class Record:
         input: x, [N, ...].
         output: z, [N, ...].
         keep: The one of them that the layer's rules need, or None.
-        parameters: The layer's own parameters.
+        state: The layer's own parameters and buffers.
         with_gradient: Whether to keep δ, and to insist on it.
 
     Attributes:
@@ -167,7 +168,7 @@ class Record:
         input: Tensor,
         output: Tensor,
         keep: Tensor | None,
-        parameters: Iterable[nn.Parameter],
+        state: Iterable[Tensor],
         with_gradient: bool,
     ) -> None:
         self.input_shape, self.output_shape = input.shape, output.shape
@@ -175,7 +176,8 @@ class Record:
         self.output_gradient: Tensor | None = None
         self.accumulated = False
         self.successor: Callable[[], Record | None] = lambda: None
-        self._parameters = list(parameters)
+        self._state = list(state)
+        self._versions = [tensor._version for tensor in self._state]
         if keep is not None:
             self._kept = keep.detach()
             self._version = keep._version
@@ -194,10 +196,18 @@ class Record:
         self.output_gradient = gradient.detach()
         # The hook runs before this backward pass adds to p.grad: what is there
         # already comes from another one.
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self._state if p.grad is not None]
         self.accumulated |= any(bool(g.any()) for g in gradients)
         if (successor := self.successor()) is not None:
             successor.accumulated = True
+
+    def require_same_state(self, module: nn.Module) -> None:
+        """Raise RuntimeError if a parameter or buffer has changed since."""
+        if [tensor._version for tensor in self._state] != self._versions:
+            raise RuntimeError(
+                f"A parameter or buffer of {module} has changed since the forward pass, and its "
+                "curvature with it. Call backward_hessian() before optimizer.step()."
+            )
 
     @property
     def keeps(self) -> bool:
@@ -257,8 +267,8 @@ class HBPModule(nn.Module):
                 for δ, and autograd drops the hook if z is then changed in place.
         """
         if torch.is_grad_enabled() and not _is_transformed(output):
-            own = self.parameters(recurse=False)
-            record = Record(input, output, keep, own, with_gradient)
+            own = self.parameters(recurse=False), self.buffers(recurse=False)
+            record = Record(input, output, keep, chain(*own), with_gradient)
             if self._record is not None:
                 self._record.successor = weakref.ref(record)
             self._record = record
@@ -421,8 +431,8 @@ class HBPModule(nn.Module):
         each = jacobian(hessian_pass.exactly(count))
         repeated = RepeatedOperator(outer, count, 1 / count)
         spread = ReplicateMap(count, each.in_size // count)
-        chain = ChainMap([spread, each], spread.in_size)
-        return Congruence(repeated, chain, second_order, positive)
+        path = ChainMap([spread, each], spread.in_size)
+        return Congruence(repeated, path, second_order, positive)
 
     def _second_order_alone(
         self, zero: ZeroOperator, diagonal: Tensor | None, hessian_pass: HessianPass
@@ -560,6 +570,7 @@ class HBPModule(nn.Module):
                 f"backward_hessian() of {self} before loss.backward(). Call "
                 "loss.backward() first (without create_graph)."
             )
+        record.require_same_state(self)
         if record.accumulated:
             raise RuntimeError(
                 f"The gradients of {self} are a sum over several passes, but curvature "

@@ -43,7 +43,8 @@ class HBPSequential(HBPModule, nn.Sequential):
 
     def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         maps = [child._jacobian(hessian_pass) for child in self._checked_children()]
-        return ChainMap(maps, size=0)
+        # An empty Sequential is the identity, of no size of its own.
+        return ChainMap([step for step in maps if step.in_size], size=0)
 
     def _checked_children(self) -> list[HBPModule]:
         """The children, once nothing in them would make their curvature wrong."""
@@ -94,7 +95,8 @@ class HBPResidual(HBPModule):
         """z = t(x) + s(x), [N, ...] → [N, ...].
 
         Raises:
-            RuntimeError: the branch overwrites x, which the shortcut needs.
+            RuntimeError: the branch overwrites x, which the shortcut needs, or the
+                shortcut overwrites what the branch returned.
             ValueError: the two paths differ in shape.
         """
         version = input._version
@@ -104,7 +106,13 @@ class HBPResidual(HBPModule):
                 "The branch of this HBPResidual changes its input in place, but the "
                 "shortcut needs it. Make its first layer out-of-place."
             )
+        version = through._version
         past = input if self.shortcut is None else self.shortcut(input)
+        if through._version != version:
+            raise RuntimeError(
+                "The shortcut of this HBPResidual changes its input in place, and the "
+                "branch returned that input. Make its first layer out-of-place."
+            )
         if through.shape != past.shape:
             raise ValueError(
                 f"The branch of this HBPResidual returned {list(through.shape)} and "

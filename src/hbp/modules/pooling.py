@@ -49,6 +49,7 @@ class MaxPoolRule(HBPModule):
     """
 
     average_input_jacobian: bool = True
+    dimensions: int
     # int, or one for each dimension; torch's classes declare them in several ways.
     kernel_size: Any
     stride: Any
@@ -65,6 +66,15 @@ class MaxPoolRule(HBPModule):
             )
         output = super().forward(input)
         return self.record(input, output, keep=input, with_gradient=False)
+
+    def _check_pass(self) -> None:
+        super()._check_pass()
+        shape = self.last_record.input_shape
+        if len(shape) != self.dimensions + 2:
+            raise ValueError(
+                f"{self} got an input of shape {list(shape)}. Its curvature rules need "
+                "a batch dimension: inputs.unsqueeze(0) for one sample."
+            )
 
     def _chosen(self) -> Tensor:
         """Which position of its plane is the maximum, [N, C, positions]."""
@@ -133,10 +143,16 @@ def _combine(first: Tensor, second: Tensor) -> Tensor:
 class HBPMaxPool1d(MaxPoolRule, nn.MaxPool1d):
     """``torch.nn.MaxPool1d`` that sends curvature backward."""
 
+    dimensions = 1
+
 
 class HBPMaxPool2d(MaxPoolRule, nn.MaxPool2d):
     """``torch.nn.MaxPool2d`` that sends curvature backward."""
 
+    dimensions = 2
+
 
 class HBPMaxPool3d(MaxPoolRule, nn.MaxPool3d):
     """``torch.nn.MaxPool3d`` that sends curvature backward."""
+
+    dimensions = 3
