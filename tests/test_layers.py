@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import hbp
 from hbp import reference
+from hbp.modules.shape import HBPReshape
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -71,6 +72,7 @@ LAYERS: dict[str, Case] = {
     "pad 3d": (lambda: hbp.HBPZeroPad3d(1), (2, 1, 1, 2, 1)),
     "flatten": (lambda: hbp.HBPFlatten(), IMAGE),
     "unflatten": (lambda: hbp.HBPUnflatten(1, (2, 3)), (3, 6)),
+    "reshape": (lambda: HBPReshape(None, 5, -1), IMAGE),
     "identity": (lambda: hbp.HBPIdentity(), (3, 4)),
     "dropout eval": (lambda: hbp.HBPDropout().eval(), (3, 4)),
     "batch norm 1d": (lambda: norm(hbp.HBPBatchNorm1d(4)), (3, 4)),

@@ -482,7 +482,9 @@ class _Reading:
     def _child(self, node: fx.Node) -> HBPModule:
         name = str(node.target)
         if len(node.args) > 1 or node.kwargs:
-            raise self._error(f"{name} is called with more than one tensor")
+            raise self._error(
+                f"self.{name} is called with other arguments than one tensor"
+            )
         child = self._module.get_submodule(name)
         twin = self._conversion.twin(child, _join(self._path, name))
         self._children[name] = twin
