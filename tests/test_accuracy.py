@@ -108,6 +108,18 @@ def test_committed_tables_are_those_of_the_committed_runs() -> None:
             assert (draw.FOLDER / f"{page}.md").read_text("utf-8") == text(report)
 
 
+def test_what_the_page_says_of_the_paper_s_row() -> None:
+    report = json.loads((draw.FOLDER / "paper.json").read_text("utf-8"))
+    logs = {run["method"]: run["log"] for run in report["runs"]}
+    assert logs["hbp"][2]["test"] < 0.11 < logs["adam"][0]["test"]
+    for own, other in list(zip(logs["hbp"], logs["adam"], strict=False))[9:]:
+        assert own["test"] > other["test"]
+    for log in logs.values():
+        assert log[-1]["train_loss"] < 0.25 * log[19]["train_loss"]
+        assert log[-1]["test_loss"] > 1.5 * log[19]["test_loss"]
+        assert log[-1]["seconds"] <= report["settings"]["budget"]
+
+
 class TestPaper:
     """Training with the paper's settings goes on where it was interrupted."""
 
