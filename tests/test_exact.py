@@ -28,7 +28,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 
-# Measured over 300 random networks: at most 2e-14 relative to the largest entry.
+# Measured relative to the largest entry: 9e-15 over 400 random networks, 1.2e-15
+# against BackPACK, 6e-16 against the recursion.
 PRODUCTS = 1e-12
 
 
@@ -406,7 +407,7 @@ def test_newton_steps(solver: Any, treatment: str) -> None:
         model.parameters(), lr, alpha, cg_atol=0, cg_tol=1e-13, solver=solver
     )
     optimizer.step()
-    # Measured: 3e-14 by CG, 2e-16 directly.
+    # Measured: 1.3e-13 by CG, 1.1e-16 directly.
     for p, value in zip(model.parameters(), expected, strict=True):
         close(p, value, rtol=1e-11, atol=1e-12)
 
@@ -429,7 +430,7 @@ def test_two_runs_are_bitwise_equal() -> None:
 @pytest.mark.parametrize("exactly", [True, False])
 @pytest.mark.parametrize("treatment", ["none", "zero", "abs", "clip"])
 def test_single_precision(exactly: bool, treatment: str) -> None:
-    """Measured over ten seeds, relative to the largest entry: at most 1.1e-6."""
+    """Measured over ten seeds, relative to the largest entry: at most 1.2e-6."""
     model = conv_net()
     inputs = randn(*IMAGES)
     send_back(model, inputs, treatment, exactly)
@@ -446,7 +447,7 @@ def test_single_precision(exactly: bool, treatment: str) -> None:
 def judged(model: hbp.HBPModule, inputs: Tensor, treatment: str | None = None) -> None:
     """Exact products of the model against automatic differentiation."""
     labels = torch.arange(len(inputs)) % 3
-    outputs, loss, hessians = forward(model, inputs, labels)
+    _, loss, hessians = forward(model, inputs, labels)
     model.backward_hessian(hessians, modify_2nd_order_terms=treatment)
     for p in model.parameters():
         if p.requires_grad:
@@ -547,7 +548,7 @@ def test_a_shortcut_that_overwrites_what_the_branch_returned() -> None:
     """z = 2 relu(x), whereas the rule would say x + relu(x)."""
     block = hbp.HBPResidual(hbp.HBPFlatten(), hbp.HBPReLU(inplace=True))
     with pytest.raises(RuntimeError, match="shortcut of this HBPResidual changes"):
-        block(randn(3, 4) * 1)
+        block(randn(3, 4))
 
 
 def test_an_empty_sequential_in_front_of_a_branch() -> None:
@@ -616,7 +617,7 @@ def test_an_empty_batch() -> None:
     outputs.sum().backward()
     with pytest.raises(ValueError, match="is empty"):
         model.backward_hessian(outputs.new_zeros(0, 3, 3))
-    with pytest.raises(ValueError, match="batch .* is empty"):
+    with pytest.raises(ValueError, match=r"batch .* is empty"):
         model.backward_hessian(torch.eye(3, dtype=torch.float64))
 
 
@@ -733,7 +734,7 @@ def test_stale_inputs(kind: str) -> None:
     operator = passed(exactly=True)
     operator @ v
     inputs.add_(1)
-    with pytest.raises(RuntimeError, match="An input .* has changed since"):
+    with pytest.raises(RuntimeError, match=r"An input .* has changed since"):
         operator @ v
     operator = passed(exactly=False)
     expected = operator @ v

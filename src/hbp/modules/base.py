@@ -205,8 +205,9 @@ class Record:
         """Raise RuntimeError if a parameter or buffer has changed since."""
         if [tensor._version for tensor in self._state] != self._versions:
             raise RuntimeError(
-                f"A parameter or buffer of {module} has changed since the forward pass, and its "
-                "curvature with it. Call backward_hessian() before optimizer.step()."
+                f"A parameter or buffer of {module} has changed since the forward "
+                "pass, and its curvature with it. Call backward_hessian() before "
+                "optimizer.step()."
             )
 
     @property
