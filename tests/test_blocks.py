@@ -226,3 +226,26 @@ def test_a_frozen_bias_leaves_the_weight_its_own_block() -> None:
     send_back(model, "averaged")
     assert not isinstance(model[0].weight.hessian, JointPart)
     assert model[0].bias.hessian is None
+
+
+def test_the_damping_counts_a_joint_block_once() -> None:
+    """The ratio's model is that of the dense joint blocks."""
+    model = dense_net()
+    model.set_hbp_blocks(joint_bias=True)
+    send_back(model, "averaged")
+    optimizer = hbp.CGNewton(
+        model.parameters(), lr=0.5, alpha=0.1, cg_tol=1e-14, cg_atol=0
+    )
+    predicted = 0.0
+    for layer in (model[0], model[2]):
+        pair = [layer.weight, layer.bias]
+        matrix = layer.weight.hessian.joint.operator.to_dense()
+        gradient = torch.cat([pair[0].grad, pair[1].grad[:, None]], dim=1).flatten()
+        rows = [
+            step.reshape(len(pair[1]), -1) for step in expected_steps(pair, 0.5, 0.1)
+        ]
+        step = torch.cat(rows, dim=1).flatten()
+        predicted -= float(gradient @ step + step @ matrix @ step / 2)
+    optimizer.step()
+    ratio = hbp.LevenbergMarquardt(optimizer).step(1.0, 0.9)
+    assert ratio == pytest.approx(0.1 / predicted, rel=1e-10)

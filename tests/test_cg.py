@@ -121,7 +121,7 @@ def test_default_maxiter_is_ten_n() -> None:
 def test_zero_right_hand_side(x0: Tensor | None) -> None:
     counting = Counting(spd(3))
     result = cg(counting, torch.zeros(3).double(), x0=x0)
-    assert result[1:] == (0, 0.0, True, False)
+    assert result[1:] == (0, 0.0, True, False, False)
     assert not result.x.any()
     assert counting.products == 0
 

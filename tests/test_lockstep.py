@@ -215,7 +215,7 @@ def test_zero_right_hand_side(dtype: torch.dtype) -> None:
     result = cg_lockstep([zero, other])
     found = row(result, 0)
     assert not found.x.any()
-    assert [float(field) for field in found[1:]] == [0, 0, True, False, 0, 0]
+    assert [float(field) for field in found[1:]] == [0, 0, True, False, 0, 0, 0, 0]
     assert_like_cg(other, row(result, 1))
     # With nothing else to do, there is no product at all.
     cg_lockstep(

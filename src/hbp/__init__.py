@@ -71,5 +71,6 @@ from hbp.modules import LinearRule as LinearRule
 from hbp.operators import set_dense_limit as set_dense_limit
 from hbp.optim import CGNewton as CGNewton
 from hbp.optim import CGResult as CGResult
+from hbp.optim import LevenbergMarquardt as LevenbergMarquardt
 from hbp.optim import cg as cg
 from hbp.seeds import set_seeds as set_seeds

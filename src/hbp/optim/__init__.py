@@ -4,3 +4,4 @@ from hbp.optim.cg import CGResult as CGResult
 from hbp.optim.cg import cg as cg
 from hbp.optim.cg_newton import CGNewton as CGNewton
 from hbp.optim.cg_newton import StepInfo as StepInfo
+from hbp.optim.damping import LevenbergMarquardt as LevenbergMarquardt

@@ -32,6 +32,7 @@ class CGResult(NamedTuple):
         converged: whether residual_norm ≤ max(tol·‖b‖, atol).
         negative_curvature: whether the iteration ended at a direction p with
             pᵀAp ≤ 0, where A is not positive definite.
+        on_boundary: whether the iteration ended at ‖x‖ = trust_radius.
     """
 
     x: Tensor
@@ -39,6 +40,7 @@ class CGResult(NamedTuple):
     residual_norm: float
     converged: bool
     negative_curvature: bool
+    on_boundary: bool = False
 
 
 def check_cg_options(
@@ -63,6 +65,29 @@ def check_cg_options(
         )
 
 
+def check_trust_radius(radius: float | None) -> None:
+    """Raise ValueError if the trust radius is unusable."""
+    is_number = isinstance(radius, Real) and not isinstance(radius, bool)
+    if radius is not None and not (is_number and 0 < float(radius) < math.inf):
+        raise ValueError(
+            f"trust_radius={radius!r} must be a positive finite number: it bounds the "
+            "norm of the solution. Use None for no bound."
+        )
+
+
+def to_boundary(x: Tensor, p: Tensor, radius: Tensor | float) -> Tensor:
+    """The τ ≥ 0 with ‖x + τp‖ = radius, for ‖x‖ ≤ radius and xᵀp ≥ 0; row by row.
+
+    In units of the radius and of ‖p‖, so that no square over- or underflows. Of the
+    two forms of the root, this one does not subtract.
+    """
+    length = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
+    x, p = x / radius, p / length
+    slope = (x * p).sum(-1, keepdim=True)
+    gap = (1 - (x * x).sum(-1, keepdim=True)).clamp(min=0)
+    return gap / (slope + (slope * slope + gap).sqrt()) * (radius / length)
+
+
 @torch.no_grad()
 def cg(
     A: SupportsProduct,
@@ -71,11 +96,16 @@ def cg(
     tol: float = 1e-5,
     atol: float = 0.0,
     maxiter: int | None = None,
+    trust_radius: float | None = None,
 ) -> CGResult:
     """Solve A x = b for a symmetric positive definite A.
 
     Hestenes & Stiefel 1952. Stops as soon as ‖r‖ ≤ max(tol·‖b‖, atol), like
     ``scipy.sparse.linalg.cg(A, b, rtol=tol, atol=atol)``.
+
+    With a trust radius, as Steihaug 1983: where a step would leave the ball, and where
+    a direction has no positive curvature, the iteration goes along it to the boundary
+    and ends there. So A may be indefinite.
 
     Args:
         A: Symmetric operator or matrix, [n, n]; only ``A @ v`` is used.
@@ -85,6 +115,8 @@ def cg(
         tol: Relative tolerance, positive.
         atol: Absolute tolerance, not negative.
         maxiter: At most this many products with A; ``None`` means 10 n.
+        trust_radius: Bound on ‖x‖, positive; ``None`` means no bound. It needs x0 =
+            ``None``: only from 0 do the iterates grow in norm.
 
     Returns:
         The last iterate and what happened, see ``CGResult``.
@@ -94,6 +126,11 @@ def cg(
         ArithmeticError: b, x0 or a product contains NaN or infinity.
     """
     check_cg_options(tol, atol, maxiter)
+    check_trust_radius(trust_radius)
+    if trust_radius is not None and x0 is not None:
+        raise ValueError(
+            f"trust_radius={trust_radius!r} needs a start at 0. Use x0=None."
+        )
     _check_shapes(A, b)
     budget = 10 * b.numel() if maxiter is None else maxiter
     largest = _finite("b", b.abs().max())
@@ -113,24 +150,30 @@ def cg(
         solution = x * unit
         _finite("the solution", solution.abs().max())
         done = residual <= target
-        return CGResult(solution, iterations, residual * unit, done, negative_curvature)
+        return CGResult(
+            solution, iterations, residual * unit, done, negative_curvature, outside
+        )
 
     p = r.clone()
     rr = _finite("b - A x0", r @ r)
-    iterations = 0
-    while (residual := rr**0.5) > target and iterations < budget:
+    iterations, bent, outside = 0, False, False
+    while (residual := rr**0.5) > target and iterations < budget and not outside:
         Ap = A @ p
         curvature = _finite("A @ p", p @ Ap)
-        if curvature <= 0:
+        bent = curvature <= 0
+        if bent and trust_radius is None:
             return result(negative_curvature=True)
-        step = rr / curvature
+        step = math.inf if bent else rr / curvature
+        if trust_radius is not None:
+            longest = float(to_boundary(x, p, trust_radius / unit))
+            outside, step = step >= longest, min(step, longest)
         x.add_(p, alpha=step)
         r.sub_(Ap, alpha=step)
         rr_new = _finite("the residual", r @ r)
         p.mul_(rr_new / rr).add_(r)
         rr = rr_new
         iterations += 1
-    return result()
+    return result(negative_curvature=bent)
 
 
 def _check_shapes(A: SupportsProduct, b: Tensor) -> None:

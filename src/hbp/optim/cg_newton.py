@@ -22,7 +22,7 @@ from hbp.operators import (
     singular_message,
     solve_reductions,
 )
-from hbp.optim.cg import check_cg_options
+from hbp.optim.cg import check_cg_options, check_trust_radius
 from hbp.optim.lockstep import CHECK_EVERY, Damped, cg_lockstep
 
 LOCKSTEP_UNKNOWNS: Final = 2**12
@@ -45,11 +45,16 @@ class StepInfo:
             solve always does.
         negative_curvature: whether CG ended at a direction of curvature ≤ 0, in any
             part. The iterate up to there was applied; after 0 iterations that is no
-            step. The other parts go on.
+            step. The other parts go on. With a trust radius, the step goes on to the
+            boundary.
         step_norm: ‖d‖, before the learning rate.
         predicted_decrease: how far the damped quadratic model falls for the step
             lr·d, in units of the loss. It can exceed the loss itself: the averaged
             block H ⊗ x̄x̄ᵀ is flat in every input direction but x̄.
+        undamped_decrease: the same for the model without damping, whose curvature is
+            H alone. NaN at α = 1, where the solver never sees H.
+        on_boundary: whether the step ended on the boundary of the trust region, in any
+            part.
     """
 
     iterations: int
@@ -58,6 +63,8 @@ class StepInfo:
     negative_curvature: bool
     step_norm: float
     predicted_decrease: float
+    undamped_decrease: float
+    on_boundary: bool
 
 
 class CGNewton(torch.optim.Optimizer):
@@ -92,6 +99,9 @@ class CGNewton(torch.optim.Optimizer):
         cg_maxiter: At most this many products, in each part; ``None`` for ten times
             the number of unknowns.
         solver: ``"cg"`` or ``"direct"``.
+        trust_radius: Bound on ‖d‖ for each parameter, before the learning rate; CG
+            stops on the boundary (Steihaug 1983), so that negative curvature gives a
+            step as well. ``None`` for no bound. It needs ``solver="cg"``.
 
     Attributes:
         last_step: ``StepInfo`` of the last step, by parameter. It is not part of
@@ -110,6 +120,7 @@ class CGNewton(torch.optim.Optimizer):
         cg_tol: float = 1e-5,
         cg_maxiter: int | None = None,
         solver: Literal["cg", "direct"] = "cg",
+        trust_radius: float | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -118,6 +129,7 @@ class CGNewton(torch.optim.Optimizer):
             "cg_tol": cg_tol,
             "cg_maxiter": cg_maxiter,
             "solver": solver,
+            "trust_radius": trust_radius,
         }
         self.last_step: dict[Tensor, StepInfo] = {}
         super().__init__(params, defaults)
@@ -125,6 +137,8 @@ class CGNewton(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore an optimizer that was pickled, without its last step."""
         super().__setstate__(state)
+        for group in self.param_groups:  # older states have no such option
+            group.setdefault("trust_radius", None)
         self.last_step = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -235,6 +249,8 @@ class Facts(NamedTuple):
 
     Attributes:
         descent: gᵀd.
+        on_boundary: As in ``StepInfo``.
+        overlap: dᵀ(g - Cd), C = (1-α)H + αI.
         margin: Above 1 if the matrix is regular.
     """
 
@@ -244,6 +260,8 @@ class Facts(NamedTuple):
     negative_curvature: float
     step_norm: float
     descent: float
+    on_boundary: float
+    overlap: float
     margin: float
 
 
@@ -321,7 +339,7 @@ class _System:
         stop = o["cg_tol"], o["cg_atol"], o["cg_maxiter"]
         shares = _shares([rhs for _, rhs in parts])
         return [
-            Damped(operator, o["alpha"], rhs, *stop, share)
+            Damped(operator, o["alpha"], rhs, *stop, share, o["trust_radius"])
             for (operator, rhs), share in zip(parts, shares, strict=True)
         ]
 
@@ -330,7 +348,8 @@ class _System:
 
         At θ - lr·d the model has changed by -lr·gᵀd + ½lr²·dᵀCd, C = (1-α)H + αI. A
         solution has Cd = g; so has every CG iterate from 0 as far as dᵀ can see, for
-        its residual is orthogonal to d. Hence dᵀCd = gᵀd.
+        its residual is orthogonal to d. Hence dᵀCd = gᵀd. Only on the boundary of a
+        trust region there is an overlap: dᵀCd = gᵀd - dᵀ(g - Cd).
 
         Raises:
             ArithmeticError: d is no solution.
@@ -338,14 +357,20 @@ class _System:
         finite = math.isfinite(facts.residual_norm + facts.step_norm)
         if not (finite and facts.margin > 1):
             raise ArithmeticError(f"No step was taken; {self._blame(facts.margin)}")
-        lr = self.options["lr"]
+        lr, alpha = self.options["lr"], self.options["alpha"]
+        curvature = facts.descent - facts.overlap
+        undamped = math.nan
+        if alpha < 1:
+            undamped = (curvature - alpha * facts.step_norm**2) / (1 - alpha)
         return StepInfo(
             int(facts.iterations),
             facts.residual_norm,
             bool(facts.converged),
             bool(facts.negative_curvature),
             facts.step_norm,
-            (lr - lr**2 / 2) * facts.descent,
+            (lr - lr**2 / 2) * facts.descent + lr**2 / 2 * facts.overlap,
+            lr * facts.descent - lr**2 / 2 * undamped,
+            bool(facts.on_boundary),
         )
 
     def _blame(self, margin: float) -> str:
@@ -456,6 +481,8 @@ def _combine(parts: Sequence[Facts]) -> Facts:
         negative_curvature=max(part.negative_curvature for part in parts),
         step_norm=math.hypot(*(part.step_norm for part in parts)),
         descent=sum(part.descent for part in parts),
+        on_boundary=max(part.on_boundary for part in parts),
+        overlap=sum(part.overlap for part in parts),
         margin=min(part.margin for part in parts),
     )
 
@@ -496,8 +523,10 @@ def _factorise(group: Sequence[_System]) -> tuple[Sequence[Tensor], Sequence[Ten
             descents.append(d @ rhs)
             margins.append(margin)
     zero = torch.zeros_like(torch.stack(margins))
-    stacked = map(torch.stack, (sizes, descents, margins))
-    return directions, [zero, torch.stack(norms), zero + 1, zero, *stacked]
+    stacked = map(torch.stack, (sizes, descents))
+    unbounded = [zero, zero]
+    facts = [zero, torch.stack(norms), zero + 1, zero, *stacked, *unbounded]
+    return directions, [*facts, torch.stack(margins)]
 
 
 def _read(facts: Sequence[Tensor]) -> list[Facts]:
@@ -529,4 +558,10 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(
             f"solver={options['solver']!r} is unknown. Choose 'cg' (inexact, conjugate "
             "gradients) or 'direct' (factorisation)."
+        )
+    check_trust_radius(options["trust_radius"])
+    if options["trust_radius"] is not None and options["solver"] == "direct":
+        raise ValueError(
+            f"trust_radius={options['trust_radius']!r} bounds the iterates of "
+            "conjugate gradients. Use solver='cg', or trust_radius=None."
         )

@@ -11,6 +11,7 @@ Row by row, the iterates are those of ``hbp.cg``, which is the one to read first
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hbp.operators import SymmetricOperator
+from hbp.optim.cg import to_boundary
 
 CHECK_EVERY: Final = 3
 """Iterations between two reads of what is done: each read makes the host wait."""
@@ -36,6 +38,8 @@ class Damped(NamedTuple):
         share: ‖b‖ relative to the norm of the whole right-hand side of which b is a
             part, a scalar tensor. Of ``atol``, this part may take that share, so that
             the whole residual keeps within it. ``None`` if b is the whole.
+        trust_radius: ‖x‖ ≤ share·trust_radius; ``None`` means no bound. The shares'
+            squares add up to 1, so that the whole keeps within trust_radius.
     """
 
     operator: SymmetricOperator
@@ -45,6 +49,7 @@ class Damped(NamedTuple):
     atol: float
     maxiter: int | None
     share: Tensor | None = None
+    trust_radius: float | None = None
 
     @property
     def budget(self) -> int:
@@ -66,6 +71,8 @@ class LockstepResult(NamedTuple):
             pᵀ[(1-α)A + αI]p ≤ 0.
         norm: ‖x‖.
         descent: xᵀb.
+        on_boundary: Whether the iteration ended at ‖x‖ = share·trust_radius.
+        overlap: xᵀr there, and 0 elsewhere, where it is round-off.
     """
 
     x: Tensor
@@ -75,6 +82,8 @@ class LockstepResult(NamedTuple):
     negative_curvature: Tensor
     norm: Tensor
     descent: Tensor
+    on_boundary: Tensor
+    overlap: Tensor
 
 
 @torch.no_grad()
@@ -95,7 +104,8 @@ def cg_lockstep(
     alpha, tol, atol, budget = _to_device(options, b).unsqueeze(2).unbind(1)
     whole = b.new_ones(())
     shares = [whole if s.share is None else s.share for s in systems]
-    atol = atol * torch.stack(shares).unsqueeze(1)
+    share = torch.stack(shares).unsqueeze(1)
+    atol = atol * share
 
     # In units of a power of 2 near max|b|: exact, and no square over- or underflows.
     exponent = torch.frexp(b.abs().amax(1, keepdim=True)).exponent
@@ -107,6 +117,7 @@ def cg_lockstep(
     target = torch.maximum(tol * tol * rr, (atol / unit).square())
     active = rr > target
     iterations, zero = torch.zeros_like(rr), b.new_zeros(())
+    region = _Region.of(systems, share, unit)
 
     for iteration in range(max(system.budget for system in systems)):
         if iteration % check_every == 0:
@@ -115,28 +126,74 @@ def cg_lockstep(
                 break
         multiply(running)
         curvature = _dot(p, Ap)
-        active &= curvature > 0
+        advances, step = curvature > 0, rr / curvature
+        if region is not None:
+            advances, step = region.cut(x, p, step, curvature, active)
+        active &= advances
         # A row that is done takes steps of length 0. One that has met NaN or infinity
         # becomes NaN all over (0 · NaN is NaN), and so says what happened.
-        step = torch.where(active, rr / curvature, zero)
+        step = torch.where(active, step, zero)
         x.addcmul_(step, p)
         r.addcmul_(step, Ap, value=-1)
         iterations += active
         rr_new = _dot(r, r)
         active &= (rr_new > target) & (iterations < budget)
+        if region is not None:
+            active &= ~region.left
         torch.addcmul(r, p, torch.where(active, rr_new / rr, zero), out=p)
         rr = rr_new
 
     converged = rr <= target
+    bent = ~converged & (iterations < budget)
+    left, overlap = torch.zeros_like(bent), torch.zeros_like(rr)
+    if region is not None:
+        left = region.left
+        bent = torch.where(left, region.bent, bent)
+        overlap = torch.where(left, _dot(x, r), zero) * unit * unit
     per_system = (
         iterations,
         rr.sqrt() * unit,
         converged,
-        ~converged & (iterations < budget),
+        bent,
         _dot(x, x).sqrt() * unit,
         _dot(x, b / unit) * unit * unit,
+        left,
+        overlap,
     )
     return LockstepResult(x * unit, *(values.squeeze(1) for values in per_system))
+
+
+class _Region:
+    """The trust regions of the rows, and which rows have met their boundary."""
+
+    def __init__(self, radius: Tensor, unit: Tensor) -> None:
+        self.bounded = radius.isfinite()
+        # A radius that underflows would make x / radius NaN.
+        self.radius = (radius / unit).clamp(min=torch.finfo(unit.dtype).tiny)
+        self.left = torch.zeros_like(self.bounded)
+        self.bent = torch.zeros_like(self.bounded)
+
+    @classmethod
+    def of(
+        cls, systems: Sequence[Damped], share: Tensor, unit: Tensor
+    ) -> _Region | None:
+        """The regions, or ``None`` if no system has one."""
+        radii = [s.trust_radius for s in systems]
+        if all(radius is None for radius in radii):
+            return None
+        rows = [[math.inf if radius is None else radius] for radius in radii]
+        radius = _to_device(rows, unit)
+        return cls(torch.where(radius.isfinite(), radius * share, radius), unit)
+
+    def cut(
+        self, x: Tensor, p: Tensor, step: Tensor, curvature: Tensor, active: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which rows may advance, and how far: none beyond its boundary."""
+        longest, bent = to_boundary(x, p, self.radius), curvature <= 0
+        leaves = active & self.bounded & (bent | (step >= longest))
+        self.left |= leaves
+        self.bent |= leaves & bent
+        return (curvature > 0) | leaves, torch.where(leaves, longest, step)
 
 
 def _multiplier(

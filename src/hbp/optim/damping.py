@@ -1,0 +1,123 @@
+"""Damping that adapts to how well the quadratic model foretells the loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from torch import Tensor
+
+from hbp.optim.cg_newton import CGNewton
+
+RESOLUTION: Final = 1e-6
+"""A float32 loss resolves no smaller relative change: below it, a ratio is noise."""
+
+
+class LevenbergMarquardt:
+    """Adapts α to the reduction ratio, one ratio for all parameters.
+
+    Call ``step`` after ``optimizer.step()``, with the loss of the *same batch* before
+    and after. The ratio is
+
+        ρ = (actual decrease) / (decrease of the model without damping).
+
+    H is what the ratio judges, so the model is gᵀs + ½sᵀHs with s = lr·d, as Moré 1978
+    has it. Damping is left out on purpose: (1-α)H + αI *lowers* a curvature above 1.
+    Judged by the damped model, α would rise there, and so make the model worse.
+
+    With λ = α/(1-α), the matrix is (1-α)(H + λI). λ is divided by ``factor`` where
+    ρ > 3/4 and multiplied by it where ρ < 1/4, in every parameter group. A decrease
+    that the loss cannot resolve changes nothing. α lives in ``param_groups``, hence in
+    ``optimizer.state_dict()``; this object has no state of its own.
+
+    Growing damping leads to gradient descent with step length lr, not to a step of
+    zero. So lr has to be one with which gradient descent is stable.
+
+    Args:
+        optimizer: Its groups' α must lie within the bounds.
+        factor: Above 1; 3/2 is that of Martens 2010.
+        min_alpha: Lower bound, above 0.
+        max_alpha: Upper bound, below 1: a step with α = 1 tells nothing of H, so that
+            α could never come down again.
+
+    Raises:
+        ValueError: an option, or the α of a group, is out of its range.
+    """
+
+    def __init__(
+        self,
+        optimizer: CGNewton,
+        factor: float = 1.5,
+        min_alpha: float = 1e-6,
+        max_alpha: float = 0.99,
+    ) -> None:
+        if not 1 < factor < math.inf:
+            raise ValueError(f"factor={factor!r} must be above 1. Use 1.5.")
+        if not 0 < min_alpha <= max_alpha < 1:
+            raise ValueError(
+                f"min_alpha={min_alpha!r} and max_alpha={max_alpha!r} must satisfy "
+                "0 < min_alpha ≤ max_alpha < 1. Use 1e-6 and 0.99."
+            )
+        for index, group in enumerate(optimizer.param_groups):
+            if not min_alpha <= group["alpha"] <= max_alpha:
+                raise ValueError(
+                    f"alpha={group['alpha']!r} of group {index} is not within "
+                    f"[{min_alpha!r}, {max_alpha!r}]. Start within, or widen the "
+                    "bounds with min_alpha and max_alpha."
+                )
+        self.optimizer = optimizer
+        self.factor = factor
+        self.min_alpha = min_alpha
+        self.max_alpha = max_alpha
+
+    def step(self, loss_before: float | Tensor, loss_after: float | Tensor) -> float:
+        """Adapt α to the last step.
+
+        Args:
+            loss_before: The loss from which the last step started, finite.
+            loss_after: The loss of the same batch after it. NaN and infinity count as
+                a model that failed.
+
+        Returns:
+            ρ, or NaN where the model foretells a change too small to judge.
+
+        Raises:
+            RuntimeError: the optimizer has not stepped yet.
+            ValueError: loss_before is not finite, or a step was taken at α = 1.
+        """
+        before, after = float(loss_before), float(loss_after)
+        predicted = self._predicted()
+        if not math.isfinite(before):
+            raise ValueError(
+                f"loss_before={before} must be finite. Pass the loss at which "
+                "backward() was called."
+            )
+        if abs(predicted) <= RESOLUTION * abs(before):
+            return math.nan
+        ratio = (before - after) / predicted if math.isfinite(after) else -math.inf
+        if ratio > 3 / 4:
+            self._scale(1 / self.factor)
+        elif ratio < 1 / 4:
+            self._scale(self.factor)
+        return ratio
+
+    def _predicted(self) -> float:
+        # A weight and a bias with a joint block share one report.
+        steps = {id(info): info for info in self.optimizer.last_step.values()}
+        if not steps:
+            raise RuntimeError(
+                "There is no step to judge. Call optimizer.step() before step()."
+            )
+        predicted = sum(info.undamped_decrease for info in steps.values())
+        if math.isnan(predicted):
+            raise ValueError(
+                "The last step was taken at alpha=1, where it tells nothing of H. "
+                f"Keep alpha at or below max_alpha={self.max_alpha!r}."
+            )
+        return predicted
+
+    def _scale(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            damping = factor * group["alpha"] / (1 - group["alpha"])
+            alpha = damping / (1 + damping)
+            group["alpha"] = min(max(alpha, self.min_alpha), self.max_alpha)
