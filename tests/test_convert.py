@@ -515,6 +515,13 @@ def test_copies_of_a_converted_model_are_whole(
     assert not torch.equal(other(x), twin(x))
 
 
+def test_an_empty_shortcut_is_the_identity() -> None:
+    """Many write ``self.shortcut = nn.Sequential()``."""
+    twin = hbp.convert(ResNet())
+    shortcuts = [block._chain[0].shortcut for block in twin.blocks]
+    assert [shortcut is None for shortcut in shortcuts] == [False, True]
+
+
 def test_layers_of_a_converted_model_stay() -> None:
     twin = hbp.convert(_net(ResNet, (3, 1, 4, 4)))
     assert isinstance(twin.blocks[0].conv1, hbp.HBPConv2d)
@@ -651,6 +658,7 @@ REFUSED: dict[str, tuple[Step, str]] = {
         r"an option of F\.avg_pool2d depends on the data",
     ),
     "other size": (lambda m, x: x.view(x.size(0), x.size(1)), "depends on the data"),
+    "other shape": (lambda m, x: x.view(x.shape[0], x.shape[1]), "depends on the data"),
     "samples mixed": (lambda m, x: x.view(6, -1), r"Tensor\.view does not keep the"),
     "samples second": (lambda m, x: x.view(-1, x.size(0)), "does not keep the"),
     "wasted": (_wasted, r"the result of self\.act is not used"),
@@ -686,6 +694,12 @@ def test_weights_that_nothing_uses_are_named() -> None:
     model.aux = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"uses 0\.aux\.weight, 0\.aux\.bias"):
         hbp.convert(nn.Sequential(model))
+    with pytest.raises(ValueError, match=r"uses aux\.weight, aux\.bias"):
+        hbp.convert(model)
+    sequence = nn.Sequential(nn.Linear(1, 1))
+    sequence.register_buffer("calls", torch.zeros(()))
+    with pytest.raises(ValueError, match="uses calls, so there is no curvature"):
+        hbp.convert(sequence)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_examples_run(code: str) -> None:
 
 def test_there_are_examples() -> None:
     names = {str(example.id) for example in EXAMPLES}
-    assert {"README.md-0", "index.md-0"} <= names
+    assert {"README.md-0", "convert.md-0", "index.md-0"} <= names
 
 
 def test_readme_links_lead_somewhere() -> None:
