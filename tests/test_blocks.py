@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -200,9 +200,9 @@ def test_bad_sub_blocks(value: Any) -> None:
 
 
 def test_bad_joint_bias() -> None:
-    model = dense_net()
+    model, number = dense_net(), cast(Any, 1)
     with pytest.raises(TypeError, match="joint_bias=1 must be True or False"):
-        model.set_hbp_blocks(2, 1)  # type: ignore[arg-type]
+        model.set_hbp_blocks(2, number)
     assert model[0].sub_blocks == 1
 
 

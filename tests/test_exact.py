@@ -922,3 +922,21 @@ def test_many_columns_cost_one_pass() -> None:
 
     few = calls(2, 2, 2)
     assert calls(5, 3, 7) == few
+
+
+@pytest.mark.parametrize("treatment", ["none", "abs"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_gradient_that_is_not_finite_under_layer_norm(
+    treatment: str, exact: bool
+) -> None:
+    """The eigenvalues of its second-order term would be an error of torch's own."""
+    torch.manual_seed(0)
+    model = hbp.HBPSequential(hbp.HBPLayerNorm(4), hbp.HBPLinear(4, 3)).double()
+    model(randn(3, 4).requires_grad_()).square().sum().backward()
+    model[0].last_record.output_gradient[0, 0] = torch.nan
+    hessian = torch.eye(3, dtype=torch.float64)
+    with pytest.raises(ArithmeticError, match="second-order term of HBPLayerNorm"):
+        model.backward_hessian(
+            hessian.expand(3, 3, 3) if exact else hessian, True, treatment
+        )
+    assert all(p.hessian is None for p in model.parameters())

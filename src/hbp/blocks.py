@@ -70,11 +70,6 @@ class JointPart(SymmetricOperator):
         product = self.joint.operator._product(gathered)
         return self.joint.scatter(product)[self.index]
 
-    def _dense(self) -> Tensor:
-        return self._product(
-            torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-        )
-
     def diagonal(self) -> Tensor:
         diagonal = self.joint.operator.diagonal().unsqueeze(1)
         return self.joint.scatter(diagonal)[self.index].squeeze(1)

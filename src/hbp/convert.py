@@ -225,8 +225,9 @@ class Converted(HBPModule):
             output_hessian, hessian_pass, compute_input_hessian
         )
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
-        return self._chain._jacobian(hessian_pass)
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        """That of the chain."""
+        return self._chain.jacobian(hessian_pass)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse another layer, which would not be in the chain."""
@@ -308,6 +309,7 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
+# Some releases of torch ship no types for fx.Proxy: a base class of type Any.
 class _Proxy(fx.Proxy):  # type: ignore[no-any-unimported, misc, unused-ignore]
     """What stands for a tensor; torch.fx itself takes ``+=`` for ``+``."""
 

@@ -499,6 +499,7 @@ def _spectrum(operator: SymmetricOperator) -> tuple[Tensor, float] | None:
         return None
     try:
         values = operator.eigvalsh()
+    # Documented, but torch's types do not know it.
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ArithmeticError(_NOT_FINITE) from error
     rounding = _rounding(_finite(values), rows)

@@ -123,6 +123,7 @@ class LinearMap(ABC):
             parts.append((image * (operator @ image)).sum(0))
         return torch.cat(parts)
 
+    # Most maps own what they read, so the default is to have nothing to check.
     def require_fresh(self) -> None:  # noqa: B027
         """Raise RuntimeError if a tensor that the map reads has changed."""
 
@@ -497,3 +498,4 @@ class JointMap(LinearMap):
 
     def require_fresh(self) -> None:
         self.weight.require_fresh()
+        self.bias.require_fresh()

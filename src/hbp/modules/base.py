@@ -481,8 +481,10 @@ class HBPModule(nn.Module):
         return ()
 
     def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
-        """``jacobian``, if it fits what was recorded; of a container, its parts'."""
+        """``jacobian``, if it fits what was recorded; a chain records nothing."""
         jacobian = self.jacobian(hessian_pass)
+        if self._record is None:
+            return jacobian
         entering = self.last_record.input_shape[1:].numel() * hessian_pass.samples
         self._check_map("jacobian", jacobian, entering, hessian_pass)
         return jacobian

@@ -41,7 +41,8 @@ class HBPSequential(HBPModule, nn.Sequential):
             hessian = module._send_back(hessian, hessian_pass, further)
         return hessian if compute_input_hessian else None
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        """The product of the children's Jacobians."""
         maps = [child._jacobian(hessian_pass) for child in self._checked_children()]
         # An empty Sequential is the identity, of no size of its own.
         return ChainMap([step for step in maps if step.in_size], size=0)
@@ -181,7 +182,8 @@ class HBPResidual(HBPModule):
         branch, shortcut = [*paths, identity][:2]
         return (branch if branch.in_size else identity), shortcut
 
-    def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+        """The sum of the two paths' Jacobians."""
         return SumMap(*self._jacobians(hessian_pass))
 
 

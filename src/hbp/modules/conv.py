@@ -250,6 +250,10 @@ class HBPConv3d(BlockedConvolutionRule, nn.Conv3d):
     """``torch.nn.Conv3d`` that sends curvature backward."""
 
 
+# torch's forward of the next three takes an output_size besides. It would change the
+# layer's options from one call to the next, which the rules above read but once.
+
+
 class HBPConvTranspose1d(ConvolutionRule, nn.ConvTranspose1d):  # type: ignore[misc]
     """``torch.nn.ConvTranspose1d`` that sends curvature backward."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,12 +73,13 @@ class BilinearRule(HBPModule):
 
     def _of_parameter(self, name: str, inputs: Watched, value: Tensor) -> Tensor:
         """z with another value for one parameter; no hook runs, nothing is recorded."""
-        own = self._parameters[name]
-        self._parameters[name] = value  # type: ignore[assignment]
+        parameters: dict[str, Any] = self._parameters
+        own = parameters[name]
+        parameters[name] = value
         try:
             return super().forward(inputs.value)
         finally:
-            self._parameters[name] = own
+            parameters[name] = own
 
     def _watched(self, but: Tensor | None = None) -> list[Watched]:
         """What a product reads of the layer."""
@@ -157,7 +159,9 @@ class GeneralRule(HBPModule):
             blocks = blocks.sum(0, keepdim=True)
         hessian_pass.finite(blocks, "second-order term", self)
         assert hessian_pass.treatment is not None
-        values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
+        # The pass will say what is not finite; eigh would raise an error of its own.
+        symmetric = ((blocks + blocks.mT) / 2).nan_to_num(0.0, 0.0, 0.0)
+        values, vectors = torch.linalg.eigh(symmetric)
         treated = hessian_pass.treatment(values).unsqueeze(1)
         return (vectors * treated) @ vectors.mT
 

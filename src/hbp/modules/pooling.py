@@ -102,8 +102,7 @@ class MaxPoolRule(HBPModule):
 
     def _counts(self, chosen: Tensor, windows: Tensor) -> Tensor:
         """How often each place of a window was the maximum, [C, positions, places]."""
-        counts = [(chosen == place).sum(0) for place in windows.T]
-        return torch.stack(counts, dim=2)
+        return (chosen.unsqueeze(3) == windows).sum(0)
 
     def _windows(self, device: torch.device) -> Tensor:
         """The positions of x under each window, [positions, places]; -1 in the padding.

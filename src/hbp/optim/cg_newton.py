@@ -29,7 +29,7 @@ LOCKSTEP_UNKNOWNS: Final = 2**12
 """Systems of more unknowns are solved one by one: they gain nothing from company.
 
 In company, short vectors are padded to the longest. With 2**16, those of a network with
-averaged products took a copy of the parameters more, and 6 % more time.
+averaged products took more memory than the bound allows, and no less time.
 """
 
 
