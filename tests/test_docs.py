@@ -8,15 +8,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from mkdocs.exceptions import PluginError
+from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import hbp
 
 ROOT = Path(__file__).resolve().parents[1]
+REPOSITORY = "https://github.com/somebody/hbp"  # for instance
+TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = [
     pytest.param(code, id=f"{page.name}-{number}")
@@ -35,6 +39,10 @@ PUBLIC_HOSTS = {
     "purl.org",
     "www.w3.org",
     "127.0.0.1",  # the browser checks serve the site to themselves
+    # Places where the repository may be, and a notebook may be opened.
+    "colab.research.google.com",
+    "example.org",
+    "github.com",
 }
 # Written so that the expression does not match itself.
 MACHINE_PATH = re.compile(r"""(?<![\w.])/(?:wor[k]|roo[t]|hom[e]|User[s]|tm[p])/""")
@@ -48,6 +56,14 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load_hook(name: str) -> ModuleType:
+    """Import a hook as mkdocs does: its neighbours can be imported from it."""
+    folder = ROOT / "docs" / "hooks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        return load(folder / f"{name}.py")
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +101,16 @@ def test_readme_links_lead_somewhere() -> None:
     assert [target for target in local if not (ROOT / target).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["01_single_layer_mnist", "02_sequential_cifar10"])
+@pytest.mark.parametrize("name", [path.stem for path in TUTORIALS])
 def test_site_has_the_tutorials(site: Path, name: str) -> None:
     html = (site / "tutorials" / name / "index.html").read_text("utf-8")
     assert 'class="highlight"' in html
     assert 'class="output highlight"' in html
-    assert re.search(rf'<img alt="[^"]+" src="[^"]*{name}-\d+\.(svg|png)"', html)
+    assert re.search(rf'<img alt="[^"]+" src="[^"]*{name}_\d+_\d\.(svg|png)"', html)
+    assert len(html.encode()) <= 60 * 1024, "a page is to be light"
+    for suffix in (".py", ".ipynb"):
+        published = (site / "tutorials" / f"{name}{suffix}").read_bytes()
+        assert published == (ROOT / "tutorials" / f"{name}{suffix}").read_bytes()
 
 
 def test_site_documents_every_public_name(site: Path) -> None:
@@ -124,36 +144,75 @@ def test_overview_figure_is_what_its_script_draws() -> None:
     assert (ROOT / "docs/assets/overview.svg").read_text("utf-8") == drawn
 
 
-class TestNotebookHook:
-    """What stops the build of the site."""
+def code(source: str, *outputs: NotebookNode, **metadata: Any) -> NotebookNode:
+    """An executed cell."""
+    return new_code_cell(
+        source, execution_count=1, outputs=list(outputs), metadata=metadata
+    )
 
-    hook = load(ROOT / "docs" / "hooks" / "notebooks.py")
+
+def name_of(path: Path) -> str:
+    return path.name
+
+
+class TestNotebookHook:
+    """What a notebook becomes, and what stops the build of the site."""
+
+    hook = load_hook("notebooks")
     figure = new_output("display_data", data={"image/svg+xml": "<svg/>"})
 
-    def render(self, *cells) -> tuple[str, dict]:
+    def render(self, *cells: NotebookNode) -> tuple[str, dict[str, bytes]]:
         return self.hook.render(new_notebook(cells=list(cells)), "name")
 
     def test_cells_become_markdown(self) -> None:
         said = new_output("stream", name="stdout", text="1\n")
-        cell = new_code_cell("print(1)", execution_count=1, outputs=[said])
-        page, figures = self.render(new_markdown_cell("# Title"), cell)
+        result = new_output("execute_result", data={"text/plain": "2"})
+        cells = new_markdown_cell("# Title"), code("print(1)\n1 + 1", said, result)
+        page, figures = self.render(*cells)
         assert page == (
-            "# Title\n\n```python\nprint(1)\n```\n\n``` { .text .output }\n1\n```\n"
+            "# Title\n\n```python\nprint(1)\n1 + 1\n```\n\n"
+            "``` { .text .output }\n1\n```\n\n``` { .text .output }\n2\n```\n"
         )
         assert figures == {}
 
-    def test_figures_become_files(self) -> None:
-        cell = new_code_cell(
-            "plot()", execution_count=1, outputs=[self.figure], metadata={"alt": "Two"}
-        )
-        page, figures = self.render(cell)
-        assert "![Two](name-1.svg)" in page
-        assert figures == {"name-1.svg": "<svg/>"}
+    def test_a_fence_in_the_text_does_not_end_the_block(self) -> None:
+        page, _ = self.render(code("'```'"))
+        assert page == "````python\n'```'\n````\n"
+
+    @pytest.mark.parametrize("kind", ["display_data", "execute_result"])
+    def test_figures_become_files(self, kind: str) -> None:
+        data = {"image/svg+xml": "<svg/>", "text/plain": "Drawing"}
+        page, figures = self.render(code("plot()", new_output(kind, data), alt="Two"))
+        (name,) = figures
+        assert f"![Two]({name})" in page
+        assert "Drawing" not in page
+        assert figures == {name: b"<svg/>"}
 
     def test_links_are_those_of_the_site(self) -> None:
         links = "[a](02_b.ipynb#c) [d](../docs/api.md#e) [f](https://arxiv.org)"
         page, _ = self.render(new_markdown_cell(links))
         assert page == "[a](02_b.md#c) [d](../api.md#e) [f](https://arxiv.org)\n"
+
+    def test_neighbouring_solutions_share_a_fold(self) -> None:
+        words = new_markdown_cell("Because.", metadata={"tags": ["solution"]})
+        page, _ = self.render(code("1"), code("2", tags=["solution"]), words, code("3"))
+        opening = "/// details | Solution\n    type: solution"
+        assert page.count(opening) == 1
+        before, _, rest = page.partition(opening)
+        inside, _, after = rest.partition("\n///\n")
+        assert "1" in before
+        assert "2" in inside
+        assert "Because." in inside
+        assert "3" in after
+
+    def test_the_middle_of_a_long_log_is_left_out(self) -> None:
+        lines = [f"line {k}" for k in range(100)]
+        said = new_output("stream", name="stdout", text="\n".join(lines))
+        page, _ = self.render(code("train()", said))
+        assert "line 0\n" in page
+        assert "line 99\n" in page
+        assert "line 50" not in page
+        assert "88 more lines" in page
 
     def test_a_cell_that_was_not_run_stops_the_build(self) -> None:
         with pytest.raises(PluginError, match="cell 1 was not run"):
@@ -170,7 +229,100 @@ class TestNotebookHook:
     )
     def test_a_bad_output_stops_the_build(self, output, message: str) -> None:
         with pytest.raises(PluginError, match=message):
-            self.render(new_code_cell("1", execution_count=1, outputs=[output]))
+            self.render(code("1", output))
+
+    def test_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = {
+            "seconds": 83,
+            "machine": "a computer",
+            "date": "2026-01-02",
+            "torch": "2.15.0",
+            "commit": "abc",
+        }
+        monkeypatch.setattr(self.hook, "address", lambda: "")
+        page = self.hook.with_header("# Title\n\nText\n", "01_a", {"cpu": run})
+        assert page.startswith('# Title\n\n<nav class="hbp-actions"')
+        assert page.endswith("\n\nText\n")
+        assert "[Download .ipynb](01_a.ipynb){ download }" in page
+        assert "Ran in 1 min 23 s on a computer, 2026-01-02, with torch" in page
+        assert "Colab" not in page
+        assert "View source" not in page
+
+        monkeypatch.setattr(self.hook, "address", lambda: REPOSITORY)
+        page = self.hook.with_header("# Title\n", "01_a", {})
+        assert "github/somebody/hbp/blob/main/tutorials/01_a.ipynb" in page
+        assert f"[View source]({REPOSITORY}/blob/main/tutorials/01_a.py)" in page
+
+
+class TestRepository:
+    """One address, and what follows from it."""
+
+    hook = load_hook("repository")
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        lines = f'[project]\n[project.urls]\nRepository = "{REPOSITORY}.git"\n'
+        (tmp_path / "pyproject.toml").write_text(lines)
+        return tmp_path
+
+    def test_address(self, root: Path) -> None:
+        assert self.hook.address(root) == REPOSITORY
+        (root / "pyproject.toml").write_text("[project]\n")
+        assert self.hook.address(root) == ""
+
+    def test_colab_reads_from_github_alone(self) -> None:
+        name = "tutorials/01_a.ipynb"
+        assert self.hook.colab_link("", name) == ""
+        assert self.hook.colab_link("https://example.org/hbp", name) == ""
+        found = self.hook.colab_link(REPOSITORY, name)
+        assert found.endswith(f"/github/somebody/hbp/blob/main/{name}")
+
+    def test_badges(self) -> None:
+        readme = "a\n<!-- badges -->\nold\n<!-- end of badges -->\nb\n"
+        with_badges = self.hook.with_badges(readme, REPOSITORY)
+        assert "old" not in with_badges
+        assert with_badges.count(REPOSITORY) == 2
+        without = self.hook.with_badges(with_badges, "")
+        assert without == "a\n<!-- badges -->\n<!-- end of badges -->\nb\n"
+
+    def test_install_source(self) -> None:
+        script = 'x = 1\nhbp_source = ""\n'
+        filled = self.hook.with_install_source(script, REPOSITORY)
+        assert f'\nhbp_source = "hbp[tutorials] @ git+{REPOSITORY}"\n' in filled
+        assert self.hook.with_install_source(filled, "") == script
+
+    @pytest.mark.parametrize("path", [*TUTORIALS, ROOT / "README.md"], ids=name_of)
+    def test_what_follows_is_up_to_date(self, path: Path) -> None:
+        text = path.read_text("utf-8")
+        name = "with_badges" if path.suffix == ".md" else "with_install_source"
+        hook = getattr(self.hook, name)
+        assert "badges -->" in text or text.count("\nhbp_source = ") == 1
+        assert hook(text, self.hook.address()) == text, "`make sync` writes it anew"
+
+
+class TestPagesHook:
+    """What a page must have, and what it can do without."""
+
+    hook = load_hook("pages")
+
+    @pytest.mark.parametrize("image", ["<img src='a'>", '<img alt="" src="a">'])
+    def test_an_image_without_alternative_stops_the_build(self, image: str) -> None:
+        page = SimpleNamespace(file=SimpleNamespace(src_uri="a.md"))
+        with pytest.raises(PluginError, match=r"a.md shows an image without"):
+            self.hook.on_page_content(image, page=page)
+        good = '<img alt="A curve." src="a">'
+        assert self.hook.on_page_content(good, page=page) == good
+
+    def test_markup_that_changes_nothing_is_left_out(self) -> None:
+        page = (
+            '<p title="&quot;">\n   a</p>\n\n<pre><span class="n">x</span>'
+            '<span class="w">  </span>\n    <span class="k">if</span> &quot;</pre>'
+            "\n  <script>a  \n  b</script>"
+        )
+        assert self.hook.on_post_page(page) == (
+            '<p title="&quot;">\na</p>\n<pre>x  \n    <span class="k">if</span> "</pre>'
+            "\n<script>a  \n  b</script>"
+        )
 
 
 def our_files() -> list[Path]:

@@ -6,6 +6,7 @@ these tests look at what is stored. They take a second and run nothing.
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from nbformat import NotebookNode
 TUTORIALS = Path(__file__).resolve().parents[1] / "tutorials"
 SCRIPTS = sorted(TUTORIALS.glob("[0-9]*.py"))
 LINE_LENGTH = 70  # the width of a code column on the site
-KNOWN_TAGS = {"nbval-ignore-output"}
+KNOWN_TAGS = {"nbval-ignore-output", "solution"}
+WITH_EXERCISES = ["03_what_hbp_sees", "04_write_your_own_layer", "05_convolutional"]
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem)
@@ -108,7 +110,41 @@ def test_tags_are_known(notebook: NotebookNode) -> None:
     assert tags <= KNOWN_TAGS
 
 
-def test_metadata_asks_for_a_gpu_and_no_more(notebook: NotebookNode) -> None:
+def test_metadata_asks_for_a_gpu_and_tells_of_runs(notebook: NotebookNode) -> None:
     assert notebook.metadata.accelerator == "GPU"
     assert notebook.metadata.kernelspec.name == "python3"
-    assert set(notebook.metadata) <= {"accelerator", "colab", "kernelspec"}
+    assert set(notebook.metadata) <= {"accelerator", "colab", "hbp", "kernelspec"}
+    runs = notebook.metadata.hbp
+    assert {"cpu"} <= set(runs) <= {"cpu", "cuda"}
+    for run in runs.values():
+        assert set(run) == {"seconds", "machine", "date", "torch", "commit"}
+        assert run["seconds"] > 0
+
+
+def is_solution(cell: NotebookNode) -> bool:
+    return "solution" in cell.metadata.get("tags", [])
+
+
+@pytest.mark.parametrize("name", WITH_EXERCISES)
+def test_exercises_have_solutions(name: str) -> None:
+    (path,) = TUTORIALS.glob(f"{name}*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    exercises = [k for k, cell in enumerate(cells) if "**Exercise" in cell.source]
+    assert len(exercises) >= 3
+    assert all(is_solution(cells[k + 1]) for k in exercises)
+
+
+def test_solutions_are_folded_and_checked(notebook: NotebookNode) -> None:
+    for solution, group in groupby(notebook.cells, is_solution):
+        if solution:
+            cells = list(group)
+            assert all(cell.metadata.cellView == "form" for cell in cells)
+            assert all(cell.metadata.jupyter.source_hidden for cell in cells)
+            assert "assert" in "".join(cell.source for cell in cells)
+
+
+def test_long_output_is_not_the_page(code_cells: list[NotebookNode]) -> None:
+    """A figure is a file beside the page, whose size the reader pays for as well."""
+    for cell, output in outputs(code_cells):
+        svg = output.get("data", {}).get("image/svg+xml", "")
+        assert len(svg) < 250_000, cell.source

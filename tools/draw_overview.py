@@ -15,7 +15,32 @@ import torch
 from torch import Tensor
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "assets" / "overview.svg"
-WIDTH, HEIGHT = 940, 430
+WIDTH, HEIGHT = 912, 342
+ALTERNATIVE = (
+    "Values flow forward through Linear, Sigmoid and Linear to the loss. Below, the "
+    "curvature flows back: from the 3 by 3 Hessian at the logits, through one matrix "
+    "rule per layer, to the input, and each Linear layer drops a weight block on the "
+    "way."
+)
+# As a part of a page, the figure takes the colours that the page sets. As a file of
+# its own, it asks whether the reader prefers a dark background.
+STYLE = """
+.hbp-overview{--ink:#1f2433;--ahead:#3f51b5;--back:#b23c0a;--box:#e7eaf6}
+@media(prefers-color-scheme:dark){
+.hbp-overview{--ink:#e6e8ef;--ahead:#a6b1f5;--back:#f2905a;--box:#2b3050}}
+.hbp-overview text{font:15px system-ui,sans-serif;fill:var(--ink);text-anchor:middle}
+.hbp-overview .left{text-anchor:start}
+.hbp-overview .bold{font-weight:600}
+.hbp-overview .symbol{font-style:italic;font-size:17px}
+.hbp-overview .rule{font-size:14px}
+.hbp-overview .ahead{fill:var(--ahead);font-weight:600}
+.hbp-overview .back{fill:var(--back);font-weight:600}
+.hbp-overview .forward{stroke:var(--ahead);stroke-width:1.8;fill:none}
+.hbp-overview .backward{stroke:var(--back);stroke-width:1.8;fill:none}
+.hbp-overview .module{stroke:var(--ahead);fill:var(--box)}
+.hbp-overview #forward path{fill:var(--ahead)}
+.hbp-overview #backward path{fill:var(--back)}
+"""
 COLOURS = {
     -3: "#d9480f",
     -2: "#f08c4a",
@@ -86,12 +111,11 @@ def arrow(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     )
 
 
-def head(kind: str, colour: str) -> str:
+def head(kind: str) -> str:
     """Define the head of one kind of arrow."""
     return (
         f'<marker id="{kind}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-        f'markerHeight="7" orient="auto"><path fill="{colour}" d="M0 0L8 4L0 8z"/>'
-        "</marker>"
+        'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z"/></marker>'
     )
 
 
@@ -101,26 +125,23 @@ def draw() -> str:
     places = {"x": 115, "z": 345, "a": 575, "logits": 805}
     modules = {"Linear": 230, "Sigmoid": 460, "Linear ": 690}
     rules = ["Wᵀ H W", "D H D + diag(r)", "Wᵀ H W"]
-    forward_y, middle, cell = 78, 205, 15
+    forward_y, middle, below, cell = 52, 162, 246, 15
     parts = [
-        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="14" fill="#fbfbfd"/>',
-        text(14, 30, "forward: values", "left blue"),
-        text(14, 136, "backward: curvature", "left orange"),
+        text(2, 20, "forward: values", "left ahead"),
+        text(2, 112, "backward: curvature", "left back"),
     ]
-    for (name, place), symbol in zip(
-        places.items(), ["x", "z", "a", "logits"], strict=True
-    ):
-        parts.append(text(place, forward_y + 6, symbol, "symbol"))
+    for name, place in places.items():
+        parts.append(text(place, forward_y + 6, name, "symbol"))
         size = len(blocks[name]) * cell
         parts.append(grid(blocks[name], place, middle - size / 2, cell))
     parts.append(text(890, forward_y + 6, "loss", "symbol"))
     parts.append(arrow(838, forward_y, 866, forward_y, "forward"))
-    parts.append('<path class="backward" d="M890 92V205"/>')
-    parts.append(arrow(890, 205, 838, 205, "backward"))
+    parts.append(f'<path class="backward" d="M890 {forward_y + 14}V{middle}"/>')
+    parts.append(arrow(890, middle, 838, middle, "backward"))
     for (module, place), rule in zip(modules.items(), rules, strict=True):
         parts.append(
             f'<rect x="{place - 48}" y="{forward_y - 22}" width="96" height="44" '
-            'rx="8" fill="#e7eaf6" stroke="#3f51b5"/>'
+            'rx="8" class="module"/>'
         )
         parts.append(text(place, forward_y + 5, module.strip()))
         parts.append(arrow(place - 90, forward_y, place - 52, forward_y, "forward"))
@@ -132,26 +153,23 @@ def draw() -> str:
         ("W2", 690, "logits", 6, "H ⊗ aaᵀ"),
     ]:
         size = len(blocks[name]) * small
-        x = places[block]
+        x, bend = places[block], below - 26
         parts.append(
-            f'<path class="backward" d="M{x} {middle + 46}V{268}Q{x} 278 {x - 10} 278'
-            f'H{place + 10}Q{place} 278 {place} 288"/>'
+            f'<path class="backward" d="M{x} {middle + 42}V{bend - 10}'
+            f"Q{x} {bend} {x - 10} {bend}H{place + 10}"
+            f'Q{place} {bend} {place} {bend + 10}"/>'
         )
-        parts.append(arrow(place, 286, place, 300, "backward"))
-        parts.append(grid(blocks[name], place, 306, small))
-        parts.append(text(place + size / 2 + 14, 340, "weight block", "left bold"))
-        parts.append(text(place + size / 2 + 14, 362, formula, "left rule"))
+        parts.append(arrow(place, below - 18, place, below - 5, "backward"))
+        parts.append(grid(blocks[name], place, below, small))
+        side = place + size / 2 + 14
+        parts.append(text(side, below + 34, "weight block", "left bold"))
+        parts.append(text(side, below + 56, formula, "left rule"))
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-            'role="img" aria-label="Curvature flows back through a network">',
-            "<style>text{font:15px system-ui,sans-serif;fill:#1f2433;"
-            "text-anchor:middle}.left{text-anchor:start}.bold{font-weight:600}"
-            ".symbol{font-style:italic;font-size:17px}.rule{font-size:14px}"
-            ".blue{fill:#3f51b5;font-weight:600}.orange{fill:#b23c0a;font-weight:600}"
-            ".forward{stroke:#3f51b5;stroke-width:1.8;fill:none}"
-            ".backward{stroke:#d9480f;stroke-width:1.8;fill:none}</style>",
-            f"<defs>{head('forward', '#3f51b5')}{head('backward', '#d9480f')}</defs>",
+            f'class="hbp-overview" role="img" aria-label="{ALTERNATIVE}">',
+            f"<style>{STYLE}</style>",
+            f"<defs>{head('forward')}{head('backward')}</defs>",
             *parts,
             "</svg>\n",
         ]

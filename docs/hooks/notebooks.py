@@ -1,83 +1,141 @@
 """Turn the executed notebooks in `tutorials/` into pages of the site.
 
-Each notebook becomes one Markdown page that exists only while the site is built,
-with its figures as files beside it. So links, search, admonitions and the strict
-build treat a tutorial like any other page. A notebook that was not run, that
+nbconvert makes one Markdown page of each notebook, which exists only while the site
+is built, with its figures as files beside it. So links, search, admonitions and the
+strict build treat a tutorial like any other page. A notebook that was not run, that
 stores an error, or that has a figure without alternative text stops the build.
+
+A page has a bar of actions and a line that says where and when the notebook was run.
+Neighbouring cells with the tag "solution" are folded.
 """
 
 from __future__ import annotations
 
-import base64
 import re
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell
+from repository import address, colab_link, source_link
+from traitlets.config import Config
 
 TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
-FIGURES = {"image/svg+xml": ".svg", "image/png": ".png", "image/jpeg": ".jpg"}
+FIGURES = {"image/svg+xml", "image/png", "image/jpeg"}
+LONGEST_LOG = 12  # lines
+# The loop over cells and outputs is nbconvert's.
+TEMPLATE = """
+{%- extends 'base/null.j2' -%}
+{%- block any_cell %}{{ super() }}
+
+{% endblock -%}
+{%- block markdowncell %}{{ cell.source | site_links }}{% endblock -%}
+{%- block input %}{{ cell.source | fence("python") }}{% endblock -%}
+{%- block output %}
+
+{{ output | shown(cell) }}{% endblock -%}
+"""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page, and its figures, for every notebook."""
+    """Add, for every notebook, its page, its figures, and both files to download."""
     for path in sorted(TUTORIALS.glob("*.ipynb")):
-        page, figures = render(nbformat.read(path, as_version=4), path.stem)
-        for name, content in {f"{path.stem}.md": page, **figures}.items():
+        notebook = nbformat.read(path, as_version=4)
+        page, figures = render(notebook, path.stem)
+        page = with_header(page, path.stem, notebook.metadata.get("hbp", {}))
+        downloads = {p.name: p.read_bytes() for p in (path, path.with_suffix(".py"))}
+        for name, content in {f"{path.stem}.md": page, **figures, **downloads}.items():
             uri = f"tutorials/{name}"
             files.append(File.generated(config, uri, content=content))
     return files
 
 
-def render(notebook: NotebookNode, name: str) -> tuple[str, dict[str, str | bytes]]:
+def render(notebook: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
     """Return a notebook's Markdown, and its figures by file name."""
-    parts: list[str] = []
-    figures: dict[str, str | bytes] = {}
     for number, cell in enumerate(notebook.cells, start=1):
-        where = f"{name}.ipynb, cell {number}"
-        if cell.cell_type == "markdown":
-            parts.append(links_for_site(cell.source))
-        elif cell.cell_type == "code" and cell.source.strip():
-            if cell.execution_count is None:
-                raise PluginError(f"{where} was not run: `make execute` runs it")
-            parts.append(fenced(cell.source, "python"))
-            for output in cell.outputs:
-                parts.append(render_output(output, cell, where, name, figures))
-    return "\n\n".join(parts) + "\n", figures
+        if cell.cell_type == "code":
+            check(cell, f"{name}.ipynb, cell {number}")
+    notebook.cells = with_folds(notebook.cells)
+    exporter = MarkdownExporter(
+        raw_template=TEMPLATE,
+        filters={"fence": fence, "shown": shown, "site_links": site_links},
+        config=Config({"ExtractOutputPreprocessor": {"enabled": True}}),
+    )
+    page, resources = exporter.from_notebook_node(
+        notebook, {"unique_key": name, "output_files_dir": ""}
+    )
+    return page.strip() + "\n", resources["outputs"]
 
 
-def render_output(
-    output: NotebookNode,
-    cell: NotebookNode,
-    where: str,
-    name: str,
-    figures: dict[str, str | bytes],
-) -> str:
-    """Return the Markdown of one output; a figure is added to `figures`."""
-    if output.output_type == "error":
-        raise PluginError(f"{where} stores an error: {output.ename}: {output.evalue}")
-    if output.output_type == "stream":
-        if output.name == "stderr":
-            raise PluginError(f"{where} stores a warning: {output.text.strip()}")
-        return fenced(output.text.rstrip("\n"), "{ .text .output }")
-    for kind, suffix in FIGURES.items():
-        if kind in output.data:
-            alt = cell.metadata.get("alt")
-            if not alt:
+def check(cell: NotebookNode, where: str) -> None:
+    """Raise PluginError for a cell that must not be published."""
+    if cell.execution_count is None:
+        raise PluginError(f"{where} was not run: `make execute` runs it")
+    for output in cell.outputs:
+        if output.output_type == "error":
+            raise PluginError(
+                f"{where} stores an error: {output.ename}: {output.evalue}"
+            )
+        if output.output_type == "stream":
+            if output.name == "stderr":
+                raise PluginError(f"{where} stores a warning: {output.text.strip()}")
+        elif FIGURES & set(output.data):
+            if not cell.metadata.get("alt"):
                 raise PluginError(f"{where} shows a figure: give the cell an alt text")
-            file = f"{name}-{len(figures) + 1}{suffix}"
-            data = output.data[kind]
-            figures[file] = data if suffix == ".svg" else base64.b64decode(data)
-            return f"![{alt}]({file})"
-    if "text/plain" in output.data:
-        return fenced(output.data["text/plain"], "{ .text .output }")
-    raise PluginError(f"{where} has an output of unknown kind: {list(output.data)}")
+        elif "text/plain" not in output.data:
+            raise PluginError(
+                f"{where} has an output of unknown kind: {list(output.data)}"
+            )
 
 
-def fenced(text: str, info: str) -> str:
+def with_folds(cells: list[NotebookNode]) -> list[NotebookNode]:
+    """Put neighbouring solution cells between the marks of a folded box."""
+    folded = []
+    for solution, group in groupby(
+        cells, lambda cell: "solution" in cell.metadata.get("tags", [])
+    ):
+        if solution:
+            opening = "/// details | Solution\n    type: solution"
+            group = [new_markdown_cell(opening), *group, new_markdown_cell("///")]
+        folded += group
+    return folded
+
+
+def with_header(page: str, name: str, runs: dict[str, dict]) -> str:
+    """Return the page with a bar of actions and its runs below the title."""
+    title, _, rest = page.partition("\n")
+    where = address()
+    actions = [
+        ("Open in Colab", colab_link(where, f"tutorials/{name}.ipynb"), ""),
+        ("Download .ipynb", f"{name}.ipynb", "{ download }"),
+        ("Download .py", f"{name}.py", "{ download }"),
+        ("View source", source_link(where, f"tutorials/{name}.py"), ""),
+    ]
+    links = [f"- [{label}]({to}){how}" for label, to, how in actions if to]
+    bar = '<nav class="hbp-actions" aria-label="This tutorial" markdown>'
+    ran = [f"Ran {run_in_words(run)}." for run in runs.values()]
+    parts = [title, bar, "\n".join(links), "</nav>"]
+    if ran:
+        parts.append("<br>\n".join(ran) + "\n{ .hbp-run }")
+    return "\n\n".join(parts) + "\n" + rest
+
+
+def run_in_words(run: dict) -> str:
+    """Say how long a run took, where and when."""
+    minutes, seconds = divmod(run["seconds"], 60)
+    time = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return (
+        f"in {time} on {run['machine']}, {run['date']}, "
+        f"with torch {run['torch']}, at commit {run['commit']}"
+    )
+
+
+def fence(text: str, info: str) -> str:
     """Return text as a fenced block whose fence does not occur in the text."""
     fence = "```"
     while fence in text:
@@ -86,7 +144,25 @@ def fenced(text: str, info: str) -> str:
     return f"{fence}{space}{info}\n{text}\n{fence}"
 
 
-def links_for_site(markdown: str) -> str:
+def shown(output: NotebookNode, cell: NotebookNode) -> str:
+    """Return the Markdown of an output: a figure, or what was printed."""
+    for file in output.get("metadata", {}).get("filenames", {}).values():
+        return f"![{cell.metadata.alt}]({file})"
+    text = output.text if "text" in output else output.data["text/plain"]
+    return fence(shortened(text.rstrip("\n")), "{ .text .output }")
+
+
+def shortened(log: str) -> str:
+    """Return a long log without its middle, which is in the notebook to download."""
+    lines = log.split("\n")
+    if len(lines) <= LONGEST_LOG:
+        return log
+    half = LONGEST_LOG // 2
+    gap = f"... {len(lines) - 2 * half} more lines in the notebook ..."
+    return "\n".join([*lines[:half], gap, *lines[-half:]])
+
+
+def site_links(markdown: str) -> str:
     """Point links at pages: to a sibling notebook, or into `docs/`."""
     markdown = re.sub(r"\]\((\w+)\.ipynb(#[\w-]*)?\)", r"](\1.md\2)", markdown)
     return re.sub(r"\]\(\.\./docs/", "](../", markdown)

@@ -1,0 +1,88 @@
+"""The address of the repository, and all that follows from it.
+
+It stands in `pyproject.toml`, as `Repository` under `[project.urls]`, and only there.
+From it come the links of the site, the badges of the README and what the tutorials
+install where hbp is missing. While there is none, the links and badges are absent.
+
+    python docs/hooks/repository.py    write the badges and the install cells
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+BRANCH = "main"
+COLAB = "https://colab.research.google.com"
+
+
+def address(root: Path = ROOT) -> str:
+    """The address without a slash at its end; empty if there is none."""
+    pyproject = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    found = pyproject["project"].get("urls", {}).get("Repository", "")
+    return str(found).rstrip("/").removesuffix(".git")
+
+
+def source_link(where: str, path: str) -> str:
+    """The address of a file, as the repository's site shows it."""
+    return where and f"{where}/blob/{BRANCH}/{path}"
+
+
+def colab_link(where: str, notebook: str) -> str:
+    """The address that opens a notebook in Colab, which reads it from GitHub."""
+    _, _, repository = where.partition("github.com/")
+    return repository and f"{COLAB}/github/{repository}/blob/{BRANCH}/{notebook}"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Show the repository in the footer: in the header, the theme would query it."""
+    if where := address():
+        icon = "fontawesome/brands/git-alt"
+        config.extra["social"] = [{"icon": icon, "link": where, "name": "Repository"}]
+    return config
+
+
+def badges(where: str) -> str:
+    """Badges for the README: whether the tests pass, and a way into Colab."""
+    if not where:
+        return ""
+    workflow = f"{where}/actions/workflows/site.yml"
+    shown = [f"[![Tests]({workflow}/badge.svg)]({workflow})"]
+    if colab := colab_link(where, "tutorials/01_single_layer_mnist.ipynb"):
+        shown.append(f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({colab})")
+    return "\n".join(shown) + "\n"
+
+
+def with_badges(readme: str, where: str) -> str:
+    """The README with its badges, which stand between two comments."""
+    between = re.compile(r"(<!-- badges -->\n).*?(<!-- end of badges -->)", re.S)
+    return between.sub(rf"\g<1>{badges(where)}\g<2>", readme)
+
+
+def with_install_source(script: str, where: str) -> str:
+    """A tutorial whose install cell takes hbp from the repository."""
+    found = f"hbp[tutorials] @ git+{where}" if where else ""
+    return re.sub(r'^hbp_source = ".*"$', f'hbp_source = "{found}"', script, flags=re.M)
+
+
+def main() -> None:
+    """Write the badges and the install cells anew."""
+    where = address()
+    tutorials = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
+    for path in [ROOT / "README.md", *tutorials]:
+        write = with_badges if path.suffix == ".md" else with_install_source
+        path.write_text(write(path.read_text(encoding="utf-8"), where), "utf-8")
+    print(f"Repository: {where or 'none is set in pyproject.toml'}")
+
+
+if __name__ == "__main__":
+    main()
