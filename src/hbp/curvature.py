@@ -1,6 +1,6 @@
 """The four treatments of a module's second-order term.
 
-Hessian backpropagation through ``z = f(x, θ)`` adds two matrices,
+Hessian backpropagation through ``z = f(x, θ)`` adds two matrices (eq-hbp),
 
     H_x = J_xᵀ H_z J_x + mod( Σ_k ∇²_x z_k · δ_k ),      δ = ∂loss/∂z,
 
@@ -14,12 +14,12 @@ to the second one decides which curvature matrix travels backward:
 | ``"abs"`` | absolute value of R | positive-curvature Hessian (PCH) |
 | ``"clip"`` | max(R, 0) | the other PCH |
 
-Absolute value and maximum act on the eigenvalues of R. For the elementwise layers R
-is diagonal, so they act on its entries, and only the diagonal is ever stored.
+Absolute value and maximum act on the eigenvalues of R (eq-mod). For the elementwise
+layers R is diagonal, so they act on its entries, and only the diagonal is ever stored.
 
 With the batch schemes of this package R is *summed over the batch first and
-modified after* ("abs of the mean"), which is not the same matrix as the sum of
-per-sample PCHs.
+modified after* ("abs of the mean", eq-sum-then-modify), which is not the same matrix
+as the sum of per-sample PCHs (eq-two-pchs).
 """
 
 from collections.abc import Callable

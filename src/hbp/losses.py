@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
-    """The Hessian of any loss w.r.t. the outputs, summed over the batch.
+    """The Hessian of any loss w.r.t. the outputs, [summed over the batch][eq-batch].
 
     One vectorised pass of double backpropagation. Call it before
     ``loss.backward()``, which frees the graph.
@@ -44,7 +44,7 @@ def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
 def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
     """The Hessian of any loss w.r.t. each sample's output.
 
-    What ``model.backward_hessian`` takes for exact curvature products. Arguments and
+    What ``model.backward_hessian`` takes for [exact products][eq-exact]. Arguments and
     errors as for ``batch_summed_hessian``, which is the sum over the samples.
 
     Returns:
@@ -89,8 +89,9 @@ def output_hessian(
 
     The same matrix as ``batch_summed_hessian(loss_func(outputs, targets), outputs)``,
     only faster for ``CrossEntropyLoss``, ``MSELoss`` and ``BCEWithLogitsLoss`` (with
-    any of their options and ``reduction="mean"`` or ``"sum"``). Any other loss goes
-    to ``batch_summed_hessian``.
+    any of their options and ``reduction="mean"`` or ``"sum"``); see the formulas for
+    [cross-entropy][eq-softmax] and [squared error][eq-mse]. Any other loss goes to
+    ``batch_summed_hessian``.
 
     Args:
         loss_func: The loss.
@@ -125,7 +126,7 @@ def output_hessian(
 
 
 def _cross_entropy(loss: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> Tensor:
-    """Σ_n a_n (diag(p_n) - p_n p_nᵀ), per position s of z, [N, C, S]."""
+    """Σ_n a_n (diag(p_n) - p_n p_nᵀ), per position s of z, [N, C, S]; eq-softmax."""
     logits = z.flatten(2) if z.dim() > 2 else z.unsqueeze(2)
     classes, positions = logits.shape[1:]
     p = logits.softmax(1)
@@ -161,6 +162,7 @@ def _cross_entropy_weights(
 
 def _mean_squared_error(loss: nn.MSELoss, z: Tensor, targets: Tensor) -> Tensor:
     """2N · I for a sum; 2/C · I for torch's mean, which is over all N · C entries."""
+    # The second one is eq-mse, the first N · C times it.
     features = z[0].numel()
     scale = 2 * len(z) if loss.reduction == "sum" else 2 / features
     return scale * torch.eye(features, dtype=z.dtype, device=z.device)

@@ -81,8 +81,8 @@ class Reduction:
 
     The coordinates belong to an orthonormal basis, so conjugate gradients on
     ``(operator, rhs)`` takes the very steps that it would take on ``(A, b)``:
-    the same coefficients and residual norms, in fewer numbers. This class is the
-    case without structure, where the subspace is the whole space.
+    the same coefficients and residual norms, in fewer numbers (see eq-krylov). This
+    class is the case without structure, where the subspace is the whole space.
 
     A may fall into blocks with a system each. Conjugate gradients on each of these
     ``parts`` by itself finds, with as many iterations, a solution that is at least as
@@ -381,7 +381,7 @@ class DiagonalOperator(SymmetricOperator):
 
 
 class SampleBlocks(SymmetricOperator):
-    """One matrix per sample, as the blocks of a block-diagonal one.
+    """One matrix per sample, as the blocks of a block-diagonal one: H_z of eq-exact.
 
     Args:
         blocks: [N, n, n], symmetric and finite. Only their shape is checked here.
@@ -442,7 +442,7 @@ class RepeatedOperator(SymmetricOperator):
 
 
 class CrossTerms(SymmetricOperator):
-    """AᵀHB + BᵀHA, by which (A + B)ᵀH(A + B) exceeds AᵀHA + BᵀHB.
+    """AᵀHB + BᵀHA, by which (A + B)ᵀH(A + B) exceeds AᵀHA + BᵀHB; see eq-skip.
 
     Args:
         outer: H, [z, z].
@@ -500,8 +500,8 @@ class OperatorSum(SymmetricOperator):
 class Congruence(SymmetricOperator):
     """JᵀHJ + diag(r): curvature sent backward through one module.
 
-    A product is Jᵀ(H(Jv)) + r ⊙ v. Once the matrix has been formed, by ``to_dense()``
-    or because it is small (``DENSE_FEATURES``), products use it.
+    A [product][eq-operator] is Jᵀ(H(Jv)) + r ⊙ v. Once the matrix has been formed, by
+    ``to_dense()`` or because it is small (``DENSE_FEATURES``), products use it.
 
     Args:
         outer: H, the curvature w.r.t. the module's output, [z, z].
@@ -588,7 +588,7 @@ class Congruence(SymmetricOperator):
     def solve_damped(
         self, columns: Tensor, weight: float | Tensor, shift: float
     ) -> tuple[Tensor, Tensor]:
-        """Woodbury's identity where the layer above is at most half as wide.
+        """Woodbury's identity, eq-woodbury: the layer above is at most half as wide.
 
         With D = weight · diag(r) + shift · I and G = weight · H,
 
@@ -657,7 +657,7 @@ class KroneckerProduct(SymmetricOperator):
     def solve_damped(
         self, columns: Tensor, weight: float | Tensor, shift: float
     ) -> tuple[Tensor, Tensor]:
-        """In the eigenbasis of S the system is that of H ⊗ diag(λ)."""
+        """In the eigenbasis of S the system is that of H ⊗ diag(λ); eq-eigenbases."""
         values, vectors = torch.linalg.eigh(self.inner)
         stack = _apply_inner(vectors.T, self._stack(columns))
         solution, margin = KroneckerDiagonal(self.outer, values).solve_damped(
@@ -714,7 +714,7 @@ class KroneckerDiagonal(SymmetricOperator):
     def solve_damped(
         self, columns: Tensor, weight: float | Tensor, shift: float
     ) -> tuple[Tensor, Tensor]:
-        """In the eigenbasis of H the damped matrix is diagonal."""
+        """In the eigenbasis of H the damped matrix is diagonal; eq-eigenbases."""
         if len(self.values) == 1:
             return self.outer.solve_damped(columns, weight * self.values, shift)
         outer_values, vectors = torch.linalg.eigh(self.outer.to_dense())
@@ -736,8 +736,9 @@ class KroneckerBlock(SymmetricOperator):
     With the eigenvectors of w FᵀF = QΛQᵀ, what lies outside the span of the rows is in
     the null space: there (1-α)A + αI is just α. So solves and conjugate gradients work
     on Y = BQ, out × rank numbers instead of out × in, and on the remainder
-    B⊥ = B - YQᵀ. Projecting before dividing by α keeps digits that the algebraically
-    equal B/α - … cancels. Each column of Y has a system of its own, with λ_j H.
+    B⊥ = B - YQᵀ; for one row, see [the split][eq-coordinates]. Projecting before
+    dividing by α keeps digits that the algebraically equal B/α - … cancels. Each column
+    of Y has [a system of its own][eq-columns], with λ_j H.
 
     The gradient of the very batch has no remainder, for it is δᵀF. Then Q is not
     needed either; see ``_RowReduction``.
@@ -776,6 +777,7 @@ class KroneckerBlock(SymmetricOperator):
         return self._rows.value
 
     def _product(self, columns: Tensor) -> Tensor:
+        # eq-linear-product, for all columns and rows at once.
         stack = _apply_inner(self.rows, self._stack(columns))
         outer = self.outer._product(stack.flatten(1)).reshape(stack.shape)
         return _apply_inner(self.rows.T, outer * self.weight).reshape(columns.shape)
@@ -860,7 +862,7 @@ class KroneckerBlock(SymmetricOperator):
     def solve_damped(
         self, columns: Tensor, weight: float | Tensor, shift: float
     ) -> tuple[Tensor, Tensor]:
-        """H ⊗ Λ on the span of the rows, 1/shift outside."""
+        """H ⊗ Λ on the span of the rows, 1/shift outside: eq-closed-form."""
         coordinates, remainder = self._project(columns)
         solution, margin = self._restricted.solve_damped(coordinates, weight, shift)
         solution = self._lift(solution)
@@ -910,6 +912,8 @@ class KroneckerBlock(SymmetricOperator):
 
 class _ColumnReduction(Reduction):
     """Coordinates Y, [out, k], of which each column has a system with λ_j H.
+
+    It is eq-columns, solved for one part of the columns at a time.
 
     One more coordinate may stand for a part of b in the null space. It is solved with
     the smallest eigenvalues.
@@ -975,7 +979,10 @@ class _FullReduction(_ColumnReduction):
 
 
 class _SpanReduction(_ColumnReduction):
-    """B, [out, in], as Y = BQ, out × k numbers, and the length of B⊥ = B - YQᵀ."""
+    """B, [out, in], as Y = BQ, out × k numbers, and the length of B⊥ = B - YQᵀ.
+
+    In units of ‖B⊥‖, so that the inner product of eq-coordinates is the usual one.
+    """
 
     def __init__(self, operator: KroneckerDiagonal, basis: Tensor, b: Tensor) -> None:
         self._basis = basis
@@ -1017,7 +1024,7 @@ class _SpanReduction(_ColumnReduction):
 
 
 class _RowReduction(_ColumnReduction):
-    """B = GF, [out, in], by the coefficients G, [out, m], of the rows F.
+    """B = GF, [out, in], by the coefficients G, [out, m], of the rows F; see eq-rows.
 
     With w FFᵀ = UΛUᵀ, the rows of UᵀF are orthogonal and have the lengths √(λ_j/w).
     So column j of GU, times this length, is column j of Y in an orthonormal basis that

@@ -109,7 +109,7 @@ def exact_blocks(
 
     With ``None`` these are the Hessian's diagonal blocks, with ``"zero"`` the GGN's,
     with ``"abs"`` and ``"clip"`` PCHs whose second-order terms are modified sample
-    by sample.
+    by sample: one [of the two kinds][eq-two-pchs].
 
     Args:
         model: A layer, or a nest of ``nn.Sequential`` and of residual blocks: modules
@@ -148,7 +148,8 @@ def batch_blocks(
 
     With H̄ the batch-summed curvature w.r.t. a layer's output and J_n its Jacobian at
     sample n, an averaged Jacobian gives E[J]ᵀ H̄ E[J], an averaged product
-    E[Jᵀ H̄ J]. Second-order terms are summed over the batch first, then modified.
+    E[Jᵀ H̄ J]; see [the two schemes][eq-averaging]. Second-order terms are [summed over
+    the batch first][eq-sum-then-modify], then modified.
     Where two paths of averaged Jacobians A and B meet in a sum, their curvatures and
     AᵀH̄B + BᵀH̄A add up.
 
@@ -277,7 +278,10 @@ def _send_back_step(
     H: Tensor,
     parameters: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """H_x and E[∂z/∂x] of a step; the blocks of its parameters join ``parameters``."""
+    """H_x and E[∂z/∂x] of a step; the blocks of its parameters join ``parameters``.
+
+    A leaf goes by eq-hbp, a fork by eq-skip.
+    """
     if isinstance(step, _Chain):
         jacobian = torch.eye(len(H), dtype=H.dtype)
         for below in reversed(step.steps):
@@ -323,7 +327,8 @@ def _derivatives(
 ) -> tuple[Tensor, Tensor]:
     """J_n of every sample, [N, z, v], and Σ_n Σ_k ∇²z_k δ_nk, [v, v].
 
-    Both w.r.t. the function's first argument, of v entries.
+    Both w.r.t. the function's first argument, of v entries. They are what
+    eq-second-differential is made of.
     """
     size = arguments[0][0].numel()
     jacobians, curvatures = [], []
@@ -338,14 +343,14 @@ def _derivatives(
 
 
 def _pull_back(H: Tensor, jacobians: Tensor, average_jacobian: bool) -> Tensor:
-    """E[J]ᵀ H E[J], or E[Jᵀ H J], for J of shape [N, z, v]."""
+    """E[J]ᵀ H E[J], or E[Jᵀ H J], for J of shape [N, z, v]; eq-averaging."""
     if average_jacobian:
         jacobians = jacobians.mean(0, keepdim=True)
     return (jacobians.mT @ H @ jacobians).mean(0)
 
 
 def _modify(second_order: Tensor, how: str | None) -> Tensor:
-    """The treatment of a symmetric matrix, on its eigenvalues."""
+    """The treatment of a symmetric matrix, on its eigenvalues; eq-mod."""
     if how in (None, "none"):
         return second_order
     if how == "zero":

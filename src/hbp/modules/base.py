@@ -99,7 +99,7 @@ class HessianPass:
         return values.flatten() if self.is_exact else mean_over_batch(values)
 
     def total(self, values: Tensor) -> Tensor:
-        """A second-order term as the pass reads it.
+        """A second-order term as the pass reads it; summed, as in eq-sum-then-modify.
 
         [N, ...] → [features] summed, [N · features] exact.
         """
@@ -238,9 +238,10 @@ class HBPModule(nn.Module):
     A layer inherits from this class first and from its ``torch.nn`` counterpart
     second. It gives a ``forward`` that ends in ``self.record(...)``, the rule
     ``jacobian`` and, where they apply, ``second_order`` and ``parameter_jacobians``.
-    ``_input_hessian`` and ``_parameter_hessians`` follow from them; a layer overrides
-    these only to be faster. ``ElementwiseRule``, ``LinearRule``, ``BilinearRule`` and
-    ``GeneralRule`` give all of these for layers of their kind.
+    ``_input_hessian`` and ``_parameter_hessians`` follow from them by [the chain rule
+    for Hessians][eq-hbp]; a layer overrides these only to be faster.
+    ``ElementwiseRule``, ``LinearRule``, ``BilinearRule`` and ``GeneralRule`` give all
+    of these for layers of their kind.
 
     Nothing else of the ``torch.nn`` counterpart changes. The record is no buffer,
     is in no ``state_dict``, and is left out of copies and pickles.
@@ -301,7 +302,7 @@ class HBPModule(nn.Module):
         average_input_jacobian: bool = True,
         average_parameter_jacobian: bool = True,
     ) -> None:
-        """Choose the batch scheme, here and in every HBP module inside.
+        """Choose [the batch scheme][eq-averaging], here and in every HBP module inside.
 
         Args:
             average_input_jacobian: ``True`` averages the Jacobian of a nonlinear
@@ -419,7 +420,10 @@ class HBPModule(nn.Module):
     def _input_hessian(
         self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> SymmetricOperator:
-        """H_x = JᵀH_z J + mod(Σ_k ∇²z_k δ_k), with the scheme's mean of JᵀH_z J."""
+        """H_x = JᵀH_z J + mod(Σ_k ∇²z_k δ_k), with the scheme's mean of JᵀH_z J.
+
+        This is eq-hbp, with the means of eq-averaging.
+        """
         second_order = self.second_order(hessian_pass)
         outer, jacobian = output_hessian, self._jacobian
         if isinstance(outer, ZeroOperator):
@@ -504,7 +508,11 @@ class HBPModule(nn.Module):
     def _parameter_hessians(
         self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
     ) -> None:
-        """H_θ = JᵀH_z J, or E[JᵀH_z J], for the parameters that require a gradient."""
+        """H_θ = JᵀH_z J, or E[JᵀH_z J], for the parameters that require a gradient.
+
+        This is eq-hbp without a second-order term, with the means of eq-averaging, or
+        read exactly as in eq-exact.
+        """
         averages = hessian_pass.is_exact or getattr(
             self, "average_parameter_jacobian", True
         )

@@ -64,7 +64,8 @@ class HBPSequential(HBPModule, nn.Sequential):
 class HBPResidual(HBPModule):
     """z = t(x) + s(x): a branch s and a shortcut t, the identity if there is none.
 
-    Rule (Dangel, Harmeling & Hennig 2020, with the cross terms of both paths):
+    [Rule][eq-skip] (Dangel, Harmeling & Hennig 2020, with the cross terms of both
+    paths):
 
         H_x = (J_t + J_s)ᵀ H_z (J_t + J_s) + second-order terms of s and t
 

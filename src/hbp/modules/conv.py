@@ -169,7 +169,8 @@ def _each(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
 class ConvolutionRule(HBPModule):
     """z = W ∗ x + b, a convolution.
 
-    Rules (Dangel, Harmeling & Hennig 2020), with ⟦x⟧ the unfolded input:
+    [Rules][eq-convolution] (Dangel, Harmeling & Hennig 2020), with ⟦x⟧ the unfolded
+    input:
 
         H_x = (∂z/∂x)ᵀ H_z (∂z/∂x)
         H_W = (I ⊗ ⟦x⟧) H_z (I ⊗ ⟦x⟧)ᵀ        H_b = Σ_pp' H_z, over positions

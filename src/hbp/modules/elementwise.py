@@ -17,13 +17,14 @@ Function = Callable[[Tensor], Tensor]
 class ElementwiseRule(HBPModule):
     """z = φ(x), applied to every feature on its own.
 
-    Rule, with δ = ∂loss/∂z (Dangel, Harmeling & Hennig 2020):
+    [Rule][eq-elementwise], with δ = ∂loss/∂z (Dangel, Harmeling & Hennig 2020):
 
         H_x = diag(φ') H_z diag(φ') + mod(diag(φ'' ⊙ δ))
 
     Over a batch, H_z = H̄ and the first term is E[φ']ᵀ H̄ E[φ'], or with
     ``average_input_jacobian=False`` E[φ'φ'ᵀ] ⊙ H̄, for which the dense matrix is
-    formed. The second-order term is summed over the batch first, then modified.
+    formed. The second-order term is [summed over the batch][eq-sum-then-modify] first,
+    then modified.
 
     A subclass puts this class before the ``torch.nn`` layer that computes φ, and
     overrides the derivatives where it knows a formula. Otherwise automatic

@@ -105,10 +105,10 @@ class BilinearRule(HBPModule):
 class GeneralRule(HBPModule):
     """z = f(x) for any smooth function f of one sample, by automatic differentiation.
 
-    Rule: H_x = JᵀH_z J + mod(Σ_k ∇²z_k δ_k), J = ∂z/∂x and the second-order term as
-    dense matrices, [features, features] for every sample. ``mod`` acts on the term's
-    eigenvalues. A subclass puts this class before the ``torch.nn`` layer that
-    computes f; parameters, if it has any, need ``parameter_jacobians``.
+    [Rule][eq-hbp]: H_x = JᵀH_z J + mod(Σ_k ∇²z_k δ_k), J = ∂z/∂x and the second-order
+    term as dense matrices, [features, features] for every sample. ``mod`` acts on the
+    term's [eigenvalues][eq-mod]. A subclass puts this class before the ``torch.nn``
+    layer that computes f; parameters, if it has any, need ``parameter_jacobians``.
     """
 
     average_input_jacobian: bool = True

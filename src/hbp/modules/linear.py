@@ -20,7 +20,7 @@ from hbp.operators import KroneckerBlock, SymmetricOperator
 class HBPLinear(HBPModule, nn.Linear):
     """``torch.nn.Linear``, z = Wx + b, that sends curvature backward.
 
-    Rules (Dangel, Harmeling & Hennig 2020; W flattened row-major):
+    [Rules][eq-linear] (Dangel, Harmeling & Hennig 2020; W flattened row-major):
 
         H_x = Wᵀ H_z W
         H_W = H_z ⊗ x xᵀ        H_b = H_z

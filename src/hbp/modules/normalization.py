@@ -16,7 +16,8 @@ from hbp.modules.general import GeneralRule
 class BatchNormRule(HBPModule):
     """z = γ x̂ + β, x̂ = (x - μ)/√(σ² + ε), with the running statistics.
 
-    Rules, with s = γ/√(σ² + ε) spread over the positions of each channel:
+    [Rules][eq-batch-norm], with s = γ/√(σ² + ε) spread over the positions of each
+    channel:
 
         H_x = diag(s) H_z diag(s)
         H_γ = BᵀH_z B, B = diag(x̂) spread        H_β = H_z, summed over positions
@@ -101,7 +102,8 @@ class HBPLayerNorm(GeneralRule, nn.LayerNorm):
     """``torch.nn.LayerNorm``, z = γ x̂ + β, that sends curvature backward.
 
     The features of a sample depend on each other through its mean and deviation, so
-    the Jacobian and the second-order term w.r.t. x are dense. W.r.t. γ and β
+    [the Jacobian and the second-order term][eq-layer-norm] w.r.t. x are dense. W.r.t. γ
+    and β
 
         H_γ = BᵀH_z B, B = diag(x̂) over the normalised groups        H_β = H_z, summed
     """

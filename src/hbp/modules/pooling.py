@@ -41,7 +41,8 @@ class HBPAdaptiveAvgPool3d(LinearRule, nn.AdaptiveAvgPool3d):
 class MaxPoolRule(HBPModule):
     """z_p = max of x over the window of position p: z = Πx, Π selects.
 
-    Rule (Dangel, Harmeling & Hennig 2020): H_x = Πᵀ H_z Π, no second-order term.
+    [Rule][eq-selection] (Dangel, Harmeling & Hennig 2020): H_x = Πᵀ H_z Π, no
+    second-order term.
 
     Which features Π selects differs between samples. Over a batch, H_x is
     E[Π]ᵀ H̄ E[Π], E[Π] being how often a feature was selected; or with

@@ -15,6 +15,8 @@ from hbp.operators import SymmetricOperator
 class LinearRule(HBPModule):
     """z = Πx with one linear function Π for each sample, whatever its values.
 
+    [Rule][eq-selection]: H_x = Πᵀ H_z Π, and there is no second-order term.
+
     A subclass puts this class before the ``torch.nn`` layer that computes Π, and is
     done: automatic differentiation finds Πᵀ.
     """

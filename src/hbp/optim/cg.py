@@ -78,8 +78,8 @@ def check_trust_radius(radius: float | None) -> None:
 def to_boundary(x: Tensor, p: Tensor, radius: Tensor | float) -> Tensor:
     """The τ ≥ 0 with ‖x + τp‖ = radius, for ‖x‖ ≤ radius and xᵀp ≥ 0; row by row.
 
-    In units of the radius and of ‖p‖, so that no square over- or underflows. Of the
-    two forms of the root, this one does not subtract.
+    This is eq-boundary, in units of the radius and of ‖p‖, so that no square over- or
+    underflows. Of the two forms of the root, this one does not subtract.
     """
     length = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
     x, p = x / radius, p / length
@@ -100,12 +100,13 @@ def cg(
 ) -> CGResult:
     """Solve A x = b for a symmetric positive definite A.
 
-    Hestenes & Stiefel 1952. Stops as soon as ‖r‖ ≤ max(tol·‖b‖, atol), like
+    [The iteration][eq-cg] is that of Hestenes & Stiefel 1952. It [stops][eq-stopping]
+    as soon as ‖r‖ ≤ max(tol·‖b‖, atol), like
     ``scipy.sparse.linalg.cg(A, b, rtol=tol, atol=atol)``.
 
     With a trust radius, as Steihaug 1983: where a step would leave the ball, and where
-    a direction has no positive curvature, the iteration goes along it to the boundary
-    and ends there. So A may be indefinite.
+    a direction has no positive curvature, the iteration goes along it [to the
+    boundary][eq-boundary] and ends there. So A may be indefinite.
 
     Args:
         A: Symmetric operator or matrix, [n, n]; only ``A @ v`` is used.

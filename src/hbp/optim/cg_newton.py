@@ -48,9 +48,9 @@ class StepInfo:
             step. The other parts go on. With a trust radius, the step goes on to the
             boundary.
         step_norm: ‖d‖, before the learning rate.
-        predicted_decrease: how far the damped quadratic model falls for the step
-            lr·d, in units of the loss. It can exceed the loss itself: the averaged
-            block H ⊗ x̄x̄ᵀ is flat in every input direction but x̄.
+        predicted_decrease: how far the damped quadratic model [falls][eq-decrease] for
+            the step lr·d, in units of the loss. It can exceed the loss itself: the
+            averaged block H ⊗ x̄x̄ᵀ is flat in every input direction but x̄.
         undamped_decrease: the same for the model without damping, whose curvature is
             H alone. NaN at α = 1, where the solver never sees H.
         on_boundary: whether the step ended on the boundary of the trust region, in any
@@ -74,9 +74,9 @@ class CGNewton(torch.optim.Optimizer):
 
         [(1-α)H + αI] d = -g,        θ ← θ + lr·d
 
-    (Dangel, Harmeling & Hennig 2020). With ``solver="cg"`` the system is
-    solved inexactly by conjugate gradients from 0. The iterates are those of CG on
-    the full block; where the block's structure allows it they are computed in
+    ([a step][eq-newton] of Dangel, Harmeling & Hennig 2020). With ``solver="cg"`` the
+    system is solved inexactly by conjugate gradients from 0. The iterates are those of
+    CG on the full block; where the block's structure allows it they are computed in
     compressed coordinates (for H ⊗ x̄x̄ᵀ, out_features + 1 numbers). H ⊗ E[xxᵀ] falls
     into independent parts. CG solves each by itself and stops at the same relative
     residual, hence the whole does. With ``solver="direct"`` it is solved by
@@ -348,8 +348,8 @@ class _System:
 
         At θ - lr·d the model has changed by -lr·gᵀd + ½lr²·dᵀCd, C = (1-α)H + αI. A
         solution has Cd = g; so has every CG iterate from 0 as far as dᵀ can see, for
-        its residual is orthogonal to d. Hence dᵀCd = gᵀd. Only on the boundary of a
-        trust region there is an overlap: dᵀCd = gᵀd - dᵀ(g - Cd).
+        its residual is orthogonal to d. Hence dᵀCd = gᵀd, and eq-decrease. Only on the
+        boundary of a trust region there is an overlap: dᵀCd = gᵀd - dᵀ(g - Cd).
 
         Raises:
             ArithmeticError: d is no solution.

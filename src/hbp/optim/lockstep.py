@@ -6,7 +6,8 @@ stay on the device. A row that is done is frozen there by steps of length zero, 
 the result does not depend on how often the host looks; it looks every few iterations,
 and leaves out the products of the rows it finds done.
 
-Row by row, the iterates are those of ``hbp.cg``, which is the one to read first.
+Row by row, the iterates are those of ``hbp.cg``, which is the one to read first
+(eq-cg).
 """
 
 from __future__ import annotations
