@@ -14,8 +14,9 @@ QUICK    := HBP_TUTORIAL=quick $(NBVAL) --nbval-cell-timeout=600
 FULL     := env -u HBP_TUTORIAL $(NBVAL) --nbval-cell-timeout=7200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tutorials test tutorials-official execute sync docs serve lint \
-        bench bench-accuracy bench-paper wheel colab browser constraints clean
+.PHONY: help setup tutorials test tutorials-official execute time sync docs serve lint \
+        bench bench-accuracy bench-paper bench-convolution wheel check-dist colab \
+        browser constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -51,7 +52,11 @@ tutorials-official: $(READY)  ## compare the tutorials with a run on the officia
 execute: $(READY)  ## run on the official data and overwrite the committed notebooks
 	env -u HBP_TUTORIAL CUDA_VISIBLE_DEVICES= $(BIN)/python tools/notebooks.py run
 
+time: $(READY)  ## run on this machine's GPU, and note in the notebooks how long it took
+	env -u HBP_TUTORIAL $(BIN)/python tools/notebooks.py time
+
 sync: $(READY)  ## write the notebooks from their scripts, keep unchanged outputs
+	$(BIN)/python docs/hooks/repository.py
 	$(BIN)/python tools/notebooks.py sync
 
 docs: $(READY) $(KATEX)  ## build the site into build/site; a warning is an error
@@ -82,8 +87,16 @@ bench-paper: $(READY)  ## train with the settings of the paper, half an hour
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.paper
 	$(BIN)/python tools/draw_accuracy.py
 
+bench-convolution: $(READY)  ## the recorded run of tutorial 05, a quarter of an hour
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.convolution_training
+
+# The pinned hatchling: the same commit gives the same bytes, today and next year.
 wheel: $(READY)  ## build the source distribution and the wheel into dist
-	$(BIN)/python -m build --installer uv
+	rm -rf dist
+	UV_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --installer uv
+
+check-dist: wheel  ## check both, and use the wheel where nothing but torch is
+	$(BIN)/python tools/check_dist.py "$$TAG"
 
 colab: wheel  ## rehearse Colab: each notebook alone, in a bare environment
 	$(BIN)/python tests/colab_rehearsal.py

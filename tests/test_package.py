@@ -4,11 +4,35 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
+import pytest
+from test_docs import load
+
 ROOT = Path(__file__).resolve().parents[1]
+check = load(ROOT / "tools" / "check_dist.py")
+VERSION = "0.1.0"
+INFO = f"hbp-{VERSION}.dist-info"
+TOP = f"hbp-{VERSION}"
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def wheel(archives: Path) -> dict[str, bytes]:
+    return check.in_wheel(next(archives.glob("*.whl")))
+
+
+@pytest.fixture
+def sdist(archives: Path) -> dict[str, bytes]:
+    return check.in_sdist(next(archives.glob("*.tar.gz")))
 
 
 def test_import_needs_only_torch() -> None:
@@ -27,28 +51,75 @@ def test_import_needs_only_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_archives_hold_the_package_and_nothing_else(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    modules = {
-        path.relative_to(ROOT / "src").as_posix()
-        for path in (ROOT / "src" / "hbp").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
-    }
+def test_archives_hold_the_package_and_nothing_else(wheel, sdist) -> None:
+    assert list(check.wrong_wheel(wheel, ROOT, VERSION)) == []
+    assert list(check.wrong_sdist(sdist, ROOT, VERSION)) == []
+    assert "hbp/py.typed" in wheel
+    assert f"{TOP}/src/hbp/py.typed" in sdist
 
-    (wheel,) = tmp_path.glob("*.whl")
-    info = "hbp-0.1.0.dist-info"
-    about = {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
-    with zipfile.ZipFile(wheel) as archive:
-        assert set(archive.namelist()) == modules | {f"{info}/{x}" for x in about}
-        metadata = archive.read(f"{info}/METADATA").decode()
-    requirements = [x for x in metadata.splitlines() if x.startswith("Requires-Dist")]
-    assert [x for x in requirements if "extra ==" not in x] == [
-        "Requires-Dist: torch>=2.4"
+
+def test_metadata_say_what_the_project_says(wheel, sdist) -> None:
+    for metadata in (wheel[f"{INFO}/METADATA"], sdist[f"{TOP}/PKG-INFO"]):
+        assert list(check.wrong_metadata(metadata, ROOT, VERSION)) == []
+
+
+def test_a_wrong_file_is_noticed(wheel, sdist) -> None:
+    """The checker is checked: `make check-dist` lets no release pass without it."""
+    del wheel["hbp/py.typed"]
+    wheel |= {"hbp/notes.txt": b"", "hbp/seeds.py": b""}
+    assert list(check.wrong_wheel(wheel, ROOT, VERSION)) == [
+        "lacks hbp/py.typed",
+        "should not hold hbp/notes.txt",
+        "holds another hbp/seeds.py than this working tree; `make wheel` again",
+    ]
+    del sdist[f"{TOP}/LICENSE"]
+    sdist |= {f"{TOP}/tests/test_a.py": b""}
+    assert list(check.wrong_sdist(sdist, ROOT, VERSION)) == [
+        f"lacks {TOP}/LICENSE",
+        f"should not hold {TOP}/tests/test_a.py",
     ]
 
-    (sdist,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    about = {"LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
-    assert names == about | {f"src/{name}" for name in modules}
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "problem"),
+    [
+        ("Version: 0.1.0", "Version: 0.2.0", "says version 0.2.0, not 0.1.0"),
+        ("Name: hbp", "Name: -hbp", "invalid metadata"),
+        ("Requires-Python: >=3.10", "Requires-Python: new", "invalid metadata"),
+        ("text/markdown", "text/plain", "in text/plain, not Markdown"),
+        ("# hbp: Hessian", "# hbp: Jacobian", "other words than README.md"),
+        ("Provides-Extra: tutorials", "Provides-Extra: extra", "lacks the extra"),
+        ("torch>=2.4", "torch>=2.4\nRequires-Dist: numpy", "not torch alone"),
+    ],
+)
+def test_wrong_metadata_are_noticed(
+    wheel, right: str, wrong: str, problem: str
+) -> None:
+    metadata = wheel[f"{INFO}/METADATA"].decode()
+    assert right in metadata
+    found = check.wrong_metadata(
+        metadata.replace(right, wrong, 1).encode(), ROOT, VERSION
+    )
+    assert any(problem in line for line in found)
+
+
+def test_a_tag_names_the_version_and_the_changelog_has_it(tmp_path: Path) -> None:
+    assert check.wrong_tag("v0.1.0", VERSION, ROOT) is None
+    assert "the tag is v0.2.0" in check.wrong_tag("v0.2.0", VERSION, ROOT)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "changelog.md").write_text("# Changelog\n\n## 0.0.9\n")
+    assert "no section 0.1.0" in check.wrong_tag("v0.1.0", VERSION, tmp_path)
+
+
+def test_links_that_an_index_cannot_follow_are_named() -> None:
+    text = "[a](docs/a.md) ![b](b.svg) [c](https://arxiv.org) [d](#e) [f](mailto:g)"
+    assert check.relative_targets(text) == ["docs/a.md", "b.svg"]
+
+
+def test_a_second_build_with_other_bytes_is_noticed(archives: Path) -> None:
+    wheel, sdist = next(archives.glob("*.whl")), next(archives.glob("*.tar.gz"))
+    assert list(check.wrong_second_build(wheel, sdist)) == []
+    wheel.write_bytes(wheel.read_bytes() + b" ")
+    assert list(check.wrong_second_build(wheel, sdist)) == [
+        f"{wheel.name} has other bytes when built once more"
+    ]
