@@ -12,8 +12,8 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.pages import Page
 
-# Names, spaces, punctuation and operators: they can have the colour of plain code.
-PLAIN_TOKEN = re.compile(r'<span class="(?:n|nb|nn|o|ow|p|sa|si|w)">([^<]*)</span>')
+# Names, numbers, spaces, punctuation: they can have the colour of plain code.
+PLAIN_TOKEN = re.compile(r'<span class="(?:kc|mf|mi|n|nb|nn|o|ow|p|sa|si|w)">([^<]*)</span>')
 INDENT = re.compile(r"\n\s+")
 PREFORMATTED = re.compile(r"(<(pre|textarea|script)\b.*?</\2>)", re.S)
 
