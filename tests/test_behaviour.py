@@ -327,6 +327,17 @@ def test_function_transforms_do_not_disturb_a_pass() -> None:
     close(model.backward_hessian(curvature, True, "abs").to_dense(), expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_functional_call_with_a_computed_weight_warns_of_nothing() -> None:
+    """torch warns whoever asks a tensor that is no leaf for its gradient."""
+    model = small_net()
+    weight = randn(*model[0].weight.shape).requires_grad_()
+    inputs, _ = small_batch()
+    outputs = functional_call(model, {"0.weight": 2 * weight}, (inputs,))
+    outputs.sum().backward()
+    assert weight.grad is not None
+
+
 def test_seeds() -> None:
     import random
 

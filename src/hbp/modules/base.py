@@ -196,7 +196,9 @@ class Record:
         self.output_gradient = gradient.detach()
         # The hook runs before this backward pass adds to p.grad: what is there
         # already comes from another one.
-        gradients = [p.grad for p in self._state if p.grad is not None]
+        # What replaces a parameter in torch.func.functional_call may be no leaf.
+        leaves = [p for p in self._state if p.is_leaf]
+        gradients = [p.grad for p in leaves if p.grad is not None]
         self.accumulated |= any(bool(g.any()) for g in gradients)
         if (successor := self.successor()) is not None:
             successor.accumulated = True
