@@ -95,6 +95,14 @@ class WrongSecond(hbp.HBPTanh):
         return 2 * z * first
 
 
+class Flipped(hbp.HBPTanh):
+    """J has the wrong sign, which cancels in JᵀHJ."""
+
+    def jacobian(self, hessian_pass: Any) -> LinearMap:
+        kept = self.last_record.kept.flatten(1)
+        return DiagonalMap(-hessian_pass.mean(self.first_derivative(kept)))
+
+
 class WrongTranspose(MatrixMap):
     def forward(self, columns: Tensor) -> Tensor:
         return 1.01 * super().forward(columns)
@@ -162,6 +170,7 @@ class Mixing(hbp.HBPTanh):
     [
         (WrongFirst(), r"input, exact, treatment 'zero': the matrix is off by"),
         (WrongSecond(), r"input, exact, treatment 'none': the matrix is off by"),
+        (Flipped(), r"1 readings of Flipped .*\n  jacobian, exact: it is off by"),
         (Untransposed(4, 3), "jacobian, averaged: forward is not transpose's"),
         (Unaveraged(), "input, averaged with average_input_jacobian=True"),
         (WithoutBias(4), "bias, exact, treatment 'none': there is none"),

@@ -422,10 +422,9 @@ for name, message in said.items():
 
 # %% [markdown]
 # Read it like a doctor. If all four are wrong, then it is $J$, which
-# all share. If `"zero"` is right, $J$ is right too (up to its sign:
-# see the last exercise), and the fault is in the second-order term.
-# And if `"abs"` is right as well, the term has the right size and the
-# wrong sign.
+# all share. If `"zero"` is right, $J$ is right too, and the fault is
+# in the second-order term. And if `"abs"` is right as well, the term
+# has the right size and the wrong sign.
 
 # %%
 assert said["FastBump"] == ""
@@ -1077,6 +1076,10 @@ assert torch.allclose(flipped, four["none"], atol=1e-12)
 assert complaint(HBPResidual(FastBump())) == ""
 assert spoilt(complaint(HBPResidual(Flipped()))) == treatments
 print("Beside a shortcut, the sign of J matters.")
+
+assert spoilt(complaint(Flipped())) == []
+assert "jacobian" in complaint(Flipped())
+print("So check_layer compares J by itself, too.")
 
 # %% [markdown]
 # ## What you should see

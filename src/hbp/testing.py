@@ -187,6 +187,7 @@ class _Check:
                 difference = self._difference(actual[name], matrix)
                 if difference:
                     yield f"{name}, {what}: {difference}"
+        yield from self._wrong_jacobian()
         yield from self._wrong_transposes()
 
     def _readings(self) -> Iterator[_Reading]:
@@ -251,10 +252,28 @@ class _Check:
         return None
 
     def _error(self, value: Tensor, right: Tensor, largest: float) -> str | None:
-        error = float((value - right).abs().max())
+        error = float((value - right).detach().abs().max())
         if error <= self._tolerance * largest:  # Not so for NaN.
             return None
         return f"is off by {error:.2g}; its largest entry is {largest:.2g}"
+
+    def _wrong_jacobian(self) -> Iterator[str]:
+        """In JᵀHJ a wrong sign of J cancels, but not beside a shortcut."""
+        actual = self._layer._jacobian(HessianPass(None, len(self._inputs)))
+        if not actual.in_size:  # That of an empty container.
+            return
+        twin = copy.deepcopy(self._layer)
+        each = [
+            torch.autograd.functional.jacobian(lambda x: twin(x.clone()), x)
+            for x in self._inputs.split(1)
+        ]
+        expected = torch.block_diag(
+            *[J.reshape(-1, self._inputs[0].numel()) for J in each]
+        )
+        columns = torch.eye(actual.in_size).to(self._inputs)
+        largest = float(expected.abs().max())
+        if error := self._error(actual.forward(columns), expected, largest):
+            yield f"jacobian, exact: it {error}"
 
     def _wrong_transposes(self) -> Iterator[str]:
         """A matrix is formed by transposes alone, so each is held against its map."""
