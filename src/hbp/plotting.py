@@ -29,15 +29,17 @@ __all__ = ["Drawing", "Panel", "curves", "matrices"]
 
 Line = tuple[Sequence[float], Sequence[float]]
 
-INK = "#7d828c"
+INK = "#6b717c"
 # Colour, dashes, marker, and the marker as a letter for the name beside the line.
 STYLES = [
-    ("#4a7fd6", "-", "o", "●"),
-    ("#d0661f", (0, (5, 1.5)), "s", "■"),
-    ("#2c9268", (0, (1.5, 1.2)), "^", "▲"),
-    ("#a05fc4", (0, (6, 1.5, 1.5, 1.5)), "D", "◆"),
+    ("#3a6bc4", "-", "o", "●"),
+    ("#b8520f", (0, (5, 1.5)), "s", "■"),
+    ("#1f7a55", (0, (1.5, 1.2)), "^", "▲"),
+    ("#9050b8", (0, (6, 1.5, 1.5, 1.5)), "D", "◆"),
 ]
 NEGATIVE, ZERO, POSITIVE = "#d9480f", "#eceff4", "#3f51b5"
+# Up to this many rows and columns, negative entries carry a minus.
+SIGNED = 24
 SETTINGS = {
     "svg.hashsalt": "hbp",  # Identifiers that do not change from run to run.
     "svg.fonttype": "path",  # The same letters on every machine.
@@ -129,6 +131,8 @@ def matrices(
 ) -> Drawing:
     """Draw matrices, by title: blue where positive, orange where negative.
 
+    Negative entries of a small matrix also carry a minus, for readers without colour.
+
     Args:
         tiles: Matrices [rows, columns] by title.
         columns: How many tiles stand side by side.
@@ -158,9 +162,22 @@ def matrices(
                 vmax=limit,
                 interpolation="none",
             )
+            _mark_negative(axes, tile, limit)
             axes.set_title(title, fontsize=10)
             axes.set_axis_off()
         return _finished(figure)
+
+
+def _mark_negative(axes: Axes, tile: Tensor, limit: float) -> None:
+    """Write a minus into negative entries: in greyscale, both signs are dark."""
+    size = max(tile.shape)
+    if size > SIGNED:
+        return
+    # An entry that is nearly zero has no colour either.
+    rows, columns = (tile < -0.05 * limit).nonzero(as_tuple=True)
+    axes.scatter(
+        columns, rows, s=(50 / size) ** 2, marker="_", color="#1d2230", linewidths=0.8
+    )
 
 
 def _figure(
