@@ -658,7 +658,7 @@ class KroneckerProduct(SymmetricOperator):
         self, columns: Tensor, weight: float | Tensor, shift: float
     ) -> tuple[Tensor, Tensor]:
         """In the eigenbasis of S the system is that of H ⊗ diag(λ); eq-eigenbases."""
-        values, vectors = torch.linalg.eigh(self.inner)
+        values, vectors = _decomposed(self.inner)
         stack = _apply_inner(vectors.T, self._stack(columns))
         solution, margin = KroneckerDiagonal(self.outer, values).solve_damped(
             stack.reshape(columns.shape), weight, shift
@@ -717,7 +717,7 @@ class KroneckerDiagonal(SymmetricOperator):
         """In the eigenbasis of H the damped matrix is diagonal; eq-eigenbases."""
         if len(self.values) == 1:
             return self.outer.solve_damped(columns, weight * self.values, shift)
-        outer_values, vectors = torch.linalg.eigh(self.outer.to_dense())
+        outer_values, vectors = _decomposed(self.outer.to_dense())
         values = weight * torch.outer(outer_values, self.values) + shift
         stack = vectors.T @ columns.reshape(len(vectors), -1)
         stack = stack.view(*values.shape, -1) / values.unsqueeze(2)
@@ -1193,13 +1193,27 @@ def _remainder(b: Tensor, y: Tensor, basis: Tensor) -> Tensor:
     return torch.addmm(b, y, basis.T, alpha=-1)
 
 
+def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors.
+
+    In float32 LAPACK gives up on some finite matrices, such as the Gram matrix of
+    saturated features, whose entries are 1, or tiny, or 0. In float64 it does not.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    # Documented, but torch's types do not know it.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix), vectors.to(matrix)
+
+
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending and not negative, and eigenvectors of a Gram matrix.
 
     Where the matrix is not finite, for its squares may overflow, the values are NaN,
     and the solver says so; ``torch.linalg.eigh`` would raise an error of its own.
     """
-    values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
+    values, vectors = _decomposed(matrix.nan_to_num(0.0, 0.0, 0.0))
     return values.clamp(min=0) + 0 * matrix.trace(), vectors
 
 
