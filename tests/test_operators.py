@@ -531,7 +531,7 @@ def test_matrix_free_products_may_carry_a_graph() -> None:
 
 
 def test_decompositions_on_which_float32_gives_up() -> None:
-    """Saturated features. LAPACK's float32 refuses some of these, say that of seed 5."""
+    """Saturated features, of which LAPACK refuses some in float32: that of seed 5."""
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         features = (torch.rand(32, generator=generator) < 0.4).float()

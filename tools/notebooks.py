@@ -70,7 +70,7 @@ def record(seconds: float) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = provenance(device)
     changed = " with changes" if facts["uncommitted_changes"] else ""
-    run = {
+    run: dict[str, Any] = {
         "seconds": round(seconds),
         "machine": facts["machine"],
         "date": str(facts["date"])[:10],
@@ -78,7 +78,8 @@ def record(seconds: float) -> dict[str, Any]:
         "commit": f"{facts['commit']}{changed}",
     }
     if device == "cpu":
-        run["machine"] = f"{run['machine']}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        run["machine"] += f", {threads} thread{'s' * (threads > 1)}"
     return {device: run}
 
 

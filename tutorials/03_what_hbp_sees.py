@@ -189,8 +189,8 @@ def large_matrices(tiles):
 def with_borders(drawing):
     for axes in drawing.figure.axes:
         for edge in edges:
-            axes.axhline(edge - 0.5, color="#7d828c", lw=0.6)
-            axes.axvline(edge - 0.5, color="#7d828c", lw=0.6)
+            axes.axhline(edge - 0.5, color="#6b717c", lw=0.6)
+            axes.axvline(edge - 0.5, color="#6b717c", lw=0.6)
     return drawing
 
 

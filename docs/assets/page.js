@@ -24,7 +24,8 @@ function markWideFigures() {
 
 // Lets the keyboard reach, and so scroll, whatever is wider or longer than its box.
 function letScroll() {
-  const boxes = "pre > code, .katex-display, .md-typeset__scrollwrap, .wide-figure";
+  const boxes =
+    "pre > code, .katex-display, .md-typeset__scrollwrap, .wide-figure, .hbp-hero";
   for (const box of document.querySelectorAll(boxes)) {
     const longer = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
     if (longer) box.tabIndex = 0;
