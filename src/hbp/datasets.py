@@ -1,4 +1,4 @@
-"""MNIST and CIFAR-10 as plain tensors, for the tutorials.
+"""MNIST and CIFAR-10 as plain tensors, and recorded runs, for the tutorials.
 
 `mnist(train)` and `cifar10(train)` return a `TensorDataset` of float images in
 [0, 1] and integer labels. Two environment variables decide where they come from:
@@ -11,14 +11,19 @@
 
 Both sets fit in memory, so the images are converted once, here, and not again in
 every epoch. Needs the packages of `pip install "hbp[tutorials]"`.
+
+`recorded(name)` returns what a longer training left behind; the package brings it
+along, and it needs no other.
 """
 
 import hashlib
+import json
 import os
 import random
 from collections.abc import Callable
 from http.client import HTTPException
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import TensorDataset
 
-__all__ = ["cifar10", "data_root", "mnist", "quick"]
+__all__ = ["cifar10", "data_root", "mnist", "quick", "recorded"]
 
 # torchvision compares the MD5 of what it downloads, and of CIFAR-10's files whenever
 # it reads them. Of MNIST's files it only asks whether they exist. So we compare them.
@@ -101,6 +106,27 @@ def quick() -> bool:
 def data_root() -> Path:
     """The folder of the official files: `HBP_DATA`, or `~/.cache/hbp`."""
     return Path(os.environ.get("HBP_DATA") or "~/.cache/hbp").expanduser()
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """What was measured in a run too long for a tutorial: settings, numbers, origin.
+
+    Args:
+        name: Which run, such as "convolution".
+
+    Raises:
+        ValueError: there is no record of this name; the message lists those there are.
+    """
+    folder = files("hbp") / "recorded"
+    records = {
+        record.name.removesuffix(".json"): record
+        for record in folder.iterdir()
+        if record.name.endswith(".json")
+    }
+    if name not in records:
+        known = ", ".join(map(repr, sorted(records)))
+        raise ValueError(f"There is no record {name!r}. There are: {known}.")
+    return json.loads(records[name].read_text("utf-8"))
 
 
 # --- The official files -------------------------------------------------------
