@@ -13,7 +13,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.pages import Page
 
 # Names, numbers, spaces, punctuation: they can have the colour of plain code.
-PLAIN_TOKEN = re.compile(r'<span class="(?:kc|mf|mi|n|nb|nn|o|ow|p|sa|si|w)">([^<]*)</span>')
+PLAIN = "kc|mf|mi|n|nb|nn|o|ow|p|sa|si|w"
+PLAIN_TOKEN = re.compile(rf'<span class="(?:{PLAIN})">([^<]*)</span>')
 INDENT = re.compile(r"\n\s+")
 PREFORMATTED = re.compile(r"(<(pre|textarea|script)\b.*?</\2>)", re.S)
 
