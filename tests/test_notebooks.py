@@ -88,6 +88,8 @@ def test_something_is_compared(code_cells: list[NotebookNode]) -> None:
 
 def test_lines_fit_the_page(code_cells: list[NotebookNode]) -> None:
     lines = [line for cell in code_cells for line in cell.source.splitlines()]
+    # The address of the repository is as long as it is.
+    lines = [line for line in lines if not line.startswith("hbp_source = ")]
     assert [line for line in lines if len(line) > LINE_LENGTH] == []
 
 
