@@ -213,7 +213,7 @@ class TestNotebookHook:
         assert "line 0\n" in page
         assert "line 99\n" in page
         assert "line 50" not in page
-        assert "88 more lines" in page
+        assert "90 more lines" in page
 
     def test_a_cell_that_was_not_run_stops_the_build(self) -> None:
         with pytest.raises(PluginError, match="cell 1 was not run"):
@@ -316,7 +316,7 @@ class TestPagesHook:
 
     def test_markup_that_changes_nothing_is_left_out(self) -> None:
         page = (
-            '<p title="&quot;">\n   a</p>\n\n<pre><span class="n">x</span>'
+            '<p title="&quot;">\n   a</p>\n\n<pre><span></span><span class="n">x</span>'
             '<span class="w">  </span>\n    <span class="k">if</span> &quot;</pre>'
             "\n  <script>a  \n  b</script>"
         )

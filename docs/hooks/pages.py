@@ -44,5 +44,5 @@ def plainer(code: str) -> str:
     """Return a block of code with fewer marks; in text, quotes need no escape."""
     if not code.startswith("<pre"):
         return code
-    code = PLAIN_TOKEN.sub(r"\1", code)
+    code = PLAIN_TOKEN.sub(r"\1", code).replace("<span></span>", "")
     return code.replace("&quot;", '"').replace("&#39;", "'")
