@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -228,7 +228,7 @@ def bilinear_pass(average: bool = True) -> tuple[HBPScale, Tensor]:
 @pytest.mark.parametrize("average", [True, False])
 def test_bilinear_blocks_survive_copies(average: bool) -> None:
     layer, _ = bilinear_pass(average)
-    hessian: Any = layer.scale.hessian  # type: ignore[attr-defined]
+    hessian = cast(Any, layer.scale).hessian
     expected, vectors = hessian.to_dense().clone(), randn(4, 2)
     for twin in (copy.deepcopy(hessian), pickle.loads(pickle.dumps(hessian))):
         close(twin @ vectors, expected @ vectors)

@@ -27,7 +27,7 @@ from traitlets.config import Config
 
 TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
 FIGURES = {"image/svg+xml", "image/png", "image/jpeg"}
-LONGEST_LOG = 10  # lines
+LONGEST_LOG = 8  # lines
 # The loop over cells and outputs is nbconvert's.
 TEMPLATE = """
 {%- extends 'base/null.j2' -%}
