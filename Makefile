@@ -4,17 +4,30 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
+OLDEST := .venv-oldest
 KATEX  := docs/hooks/node_modules/.package-lock.json
 
 # The tutorials run on the official data when HBP_DATA names a folder that has it,
 # otherwise on the small stand-ins that need no download.
 OFFICIAL := $(and $(HBP_DATA),$(wildcard $(HBP_DATA)/cifar-10-batches-py),$(wildcard $(HBP_DATA)/MNIST))
-NBVAL    := $(BIN)/pytest --nbval --nbval-current-env tutorials
+NBVAL    := $(BIN)/pytest -p no:cacheprovider --nbval --nbval-current-env
 QUICK    := HBP_TUTORIAL=quick $(NBVAL) --nbval-cell-timeout=600
 FULL     := env -u HBP_TUTORIAL $(NBVAL) --nbval-cell-timeout=7200
 
+# One target for each notebook, so that `make -j` can compare several at once. The
+# longest come first: what is started last shall be short.
+LONGEST  := compare-02_sequential_cifar10 compare-06_when_curvature_pays
+ALL      := $(patsubst tutorials/%.ipynb,compare-%,$(wildcard tutorials/[0-9]*.ipynb))
+COMPARED := $(LONGEST) $(filter-out $(LONGEST),$(ALL))
+
+# What runs with the oldest versions, and the Python for it, unless one is given.
+OLDEST_PYTHON ?= $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+CORE := behaviour blocks cg cg_newton convert datasets errors exact layers losses modules \
+        operators parts reference
+
 .DEFAULT_GOAL := help
-.PHONY: help setup tutorials test tutorials-official execute time sync docs serve lint \
+.PHONY: help setup tutorials test oldest unit $(COMPARED) tutorials-official \
+        execute time sync docs serve lint \
         bench bench-accuracy bench-paper bench-convolution wheel check-dist colab \
         browser constraints clean
 
@@ -42,18 +55,32 @@ tutorials: $(READY)  ## run the tutorials on small data, about a minute each
 	HBP_TUTORIAL=quick $(BIN)/python tools/notebooks.py run --into build/tutorials
 	@echo "Open these in a browser or a notebook editor:" && ls build/tutorials/*
 
-test: $(READY)  ## unit tests, then every cell of the tutorials
+test: unit $(COMPARED)  ## unit tests, then every cell of the tutorials
+
+unit: $(READY)
 	$(BIN)/pytest
-	$(if $(OFFICIAL),$(FULL),$(QUICK))
+
+$(COMPARED): compare-%: $(READY)
+	$(if $(OFFICIAL),$(FULL),$(QUICK)) tutorials/$*.ipynb
 
 tutorials-official: $(READY)  ## compare the tutorials with a run on the official data
-	$(FULL)
+	$(FULL) tutorials
 
 execute: $(READY)  ## run on the official data and overwrite the committed notebooks
 	env -u HBP_TUTORIAL CUDA_VISIBLE_DEVICES= $(BIN)/python tools/notebooks.py run
 
 time: $(READY)  ## run on this machine's GPU, and note in the notebooks how long it took
 	env -u HBP_TUTORIAL $(BIN)/python tools/notebooks.py time
+
+# The oldest Python, and of every package the oldest version, that pyproject.toml allows.
+$(OLDEST)/ready: $(READY)
+	$(BIN)/uv venv --clear --python $(OLDEST_PYTHON) $(OLDEST)
+	$(BIN)/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct \
+	  --editable ".[tutorials,dev]"
+	touch $@
+
+oldest: $(OLDEST)/ready  ## the tests of the package, with the oldest versions that it allows
+	$(OLDEST)/bin/python -m pytest $(CORE:%=tests/test_%.py)
 
 sync: $(READY)  ## write the notebooks from their scripts, keep unchanged outputs
 	$(BIN)/python docs/hooks/repository.py

@@ -143,7 +143,9 @@ def test_compressed_iterates_are_those_of_the_full_block(
     close(step, expected.x, rtol=1e-9, atol=1e-11)
     info = optimizer.last_step[p]
     assert info.iterations == expected.iterations == maxiter
-    assert info.residual_norm == pytest.approx(expected.residual_norm, rel=1e-9)
+    # The last residual of a factor of rank one is round-off; 2e-12 was the largest.
+    residual = pytest.approx(expected.residual_norm, rel=1e-9, abs=1e-11)
+    assert info.residual_norm == residual
 
 
 def test_compressed_cg_stops_with_full_cg() -> None:

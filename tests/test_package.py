@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,15 @@ def test_metadata_say_what_the_project_says(wheel, sdist) -> None:
         assert list(check.wrong_metadata(metadata, ROOT, VERSION)) == []
 
 
+def test_the_readme_names_the_oldest_versions() -> None:
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (python,) = re.findall(r'^requires-python = ">=(.+)"', project, re.M)
+    (torch,) = re.findall(r'^dependencies = \["torch>=(.+)"\]', project, re.M)
+    assert f"Python {python} or newer" in readme
+    assert f"torch {torch} or newer" in readme
+
+
 def test_a_wrong_file_is_noticed(wheel, sdist) -> None:
     """The checker is checked: `make check-dist` lets no release pass without it."""
     del wheel["hbp/py.typed"]
@@ -101,6 +113,20 @@ def test_wrong_metadata_are_noticed(
         metadata.replace(right, wrong, 1).encode(), ROOT, VERSION
     )
     assert any(problem in line for line in found)
+
+
+def test_a_type_checker_sees_the_types(archives: Path, tmp_path: Path) -> None:
+    """As long as `py.typed` is installed, too."""
+    machine = tmp_path / "machine"
+    venv.create(machine, with_pip=False)
+    python = machine / "bin" / "python"
+    (packages,) = machine.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(next(archives.glob("*.whl"))) as archive:
+        archive.extractall(packages)
+    assert list(check.wrong_types(python)) == []
+    (packages / "hbp" / "py.typed").unlink()
+    (problem,) = check.wrong_types(python)
+    assert "[import-untyped]" in problem
 
 
 def test_a_tag_names_the_version_and_the_changelog_has_it(tmp_path: Path) -> None:

@@ -150,8 +150,10 @@ def test_a_workflow_keeps_the_rules(path: Path) -> None:
     assert problems(path.read_text("utf-8")) == []
 
 
-def test_the_oldest_python_is_tried() -> None:
-    versions = pythons(yaml.safe_load(read("site.yml")))
+def test_the_oldest_versions_are_tried() -> None:
+    site = yaml.safe_load(read("site.yml"))
+    versions = pythons(site)
+    assert "make oldest" in commands(site)
     assert "3.9" not in PYTHON
     assert "3.10" in PYTHON
     assert "3.10" in versions

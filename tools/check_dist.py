@@ -6,8 +6,8 @@
 The archives hold the files of this working tree, byte for byte, and nothing else.
 Their metadata are valid and say what `pyproject.toml` says. A second build, from the
 unpacked source distribution, gives the same bytes. In an environment with torch and
-nothing else the wheel installs, the README's example runs, and a figure asks for
-matplotlib. `make check-dist` runs this.
+nothing else the wheel installs, the README's example runs, a figure asks for
+matplotlib, and a type checker sees the types. `make check-dist` runs this.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ except ImportError as error:
     assert "hbp[tutorials]" in str(error), error
 else:
     raise AssertionError("a figure was drawn without matplotlib")
+"""
+
+# Right but for its last word. A type checker that sees the package says just that.
+CLIENT = """
+from hbp import CGNewton, HBPLinear
+layer = HBPLinear(2, 3)
+optimizer: CGNewton = CGNewton(layer.parameters(), 0.1, alpha="some")
 """
 
 Files = Mapping[str, bytes]
@@ -184,6 +191,25 @@ def wrong_in_use(wheel: Path) -> Iterator[str]:
             if done.returncode:
                 yield f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"
                 return
+        yield from wrong_types(python)
+
+
+def wrong_types(python: Path) -> Iterator[str]:
+    """Check the types of a client of the package, as that Python has it installed."""
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "client.py").write_text(CLIENT, "utf-8")
+        # Neither the settings of this project nor what an earlier run found.
+        strict = ["--strict", "--config-file=", f"--cache-dir={os.devnull}"]
+        seen_by = ["--python-executable", str(python), "client.py"]
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", *strict, *seen_by],
+            cwd=temporary,
+            capture_output=True,
+            text=True,
+        )
+    one = r'client\.py:4: error: Argument "alpha" .* \[arg-type\]\nFound 1 error .*\n'
+    if not re.fullmatch(one, done.stdout):
+        yield f"a type checker says of a wrong alpha:\n{done.stdout}{done.stderr}"
 
 
 def main() -> None:

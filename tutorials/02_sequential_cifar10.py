@@ -50,6 +50,7 @@ if importlib.util.find_spec("hbp") is None:
 
 # %%
 import copy
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -70,6 +71,7 @@ from hbp import (
     batch_summed_hessian,
     set_seeds,
 )
+from hbp.checkpoint import Checkpoint
 from hbp.datasets import cifar10, quick
 from hbp.plotting import Panel, curves, matrices
 from hbp.reference import ggn_blocks, hessian_blocks
@@ -327,6 +329,16 @@ def newton_step(model, optimizer):
 # keeping. It notes loss and accuracy of every 15th batch, and after
 # each epoch the accuracy on the test images. The clock runs during
 # training only. If you interrupt it, the numbers so far are kept.
+#
+# A training of many minutes is long enough for something to go
+# wrong. Let the environment variable `HBP_CHECKPOINTS` name a folder,
+# and after every epoch each training
+# [saves a file](../docs/checkpoints.md) there: weights, metrics, and
+# what decides how the data are shuffled next. Run the notebook again
+# after a crash, or that cell after an interruption, and the training
+# goes on from there, to the same result.
+#
+# Without the variable nothing is written, and nothing is read.
 
 
 # %%
@@ -334,13 +346,12 @@ def accuracy(outputs, labels):
     return (outputs.argmax(dim=1) == labels).float().mean().item()
 
 
-def batches_of(data, size, shuffle):
+def batches_of(data, size, shuffle=None):
     """A loader that takes a whole batch out of the data at once."""
-    # The same batches for everyone who trains.
-    generator = torch.Generator().manual_seed(0)
-    order = RandomSampler(data, generator=generator)
-    sampler = order if shuffle else range(len(data))
-    batches = BatchSampler(sampler, size, drop_last=False)
+    order = range(len(data))
+    if shuffle is not None:
+        order = RandomSampler(data, generator=shuffle)
+    batches = BatchSampler(order, size, drop_last=False)
     return DataLoader(data, sampler=batches, batch_size=None)
 
 
@@ -349,28 +360,63 @@ def accuracy_on(model, data):
     hits = sum(
         accuracy(model(images.to(device)), labels.to(device))
         * len(labels)
-        for images, labels in batches_of(data, 500, shuffle=False)
+        for images, labels in batches_of(data, 500)
     )
     return hits / len(data)
 
 
+def checkpoint_file(name):
+    """Where a training is saved, if it shall be."""
+    folder = os.environ.get("HBP_CHECKPOINTS")
+    return Path(folder) / f"{name}.pt" if folder else None
+
+
+def columns(rows, names):
+    return {name: [row[name] for row in rows] for name in names}
+
+
 def train(
+    name,
     model,
+    optimizer,
     step,
     print_every,
     num_epochs=num_epochs,
     batch_size=batch_size,
     data=(train_set, test_set),
-    after_epoch=lambda: None,
+    schedule=None,
 ):
     """Train; return the metrics of batches and of tests."""
-    names = ["epochs", "seconds", "loss", "accuracy"]
-    batches = {name: [] for name in names}
-    tests = {"epochs": [], "seconds": [], "accuracy": []}
-    seconds = 0.0
-    loader = batches_of(data[0], batch_size, shuffle=True)
+    # The same batches for everyone who trains.
+    shuffle = torch.Generator().manual_seed(0)
+    loader = batches_of(data[0], batch_size, shuffle)
+
+    # What has to be the same for a training to go on, and what
+    # changes while it does.
+    settings = {
+        "epochs": num_epochs,
+        "batch size": batch_size,
+        "images": len(data[0]),
+        "seed": torch.initial_seed(),
+        **optimizer.defaults,
+    }
+    parts = {
+        "model": model,
+        "optimizer": optimizer,
+        "shuffle": shuffle,
+    }
+    if schedule:
+        parts["schedule"] = schedule
+    file = checkpoint_file(f"02_{name}")
+    checkpoint = Checkpoint(file, settings, **parts)
+
+    log = {"batches": [], "tests": [], "seconds": 0.0}
     try:
-        for epoch in range(num_epochs):
+        if saved := checkpoint.resume():
+            log = saved
+            done = len(log["tests"])
+            print(f"{name} goes on after epoch {done}/{num_epochs}.")
+        for epoch in range(len(log["tests"]), num_epochs):
             start = perf_counter()
             for i, (images, labels) in enumerate(loader):
                 images, labels = images.to(device), labels.to(device)
@@ -384,22 +430,31 @@ def train(
                         f"Acc.: {accuracy(outputs, labels):.4f}"
                     )
                 if (epoch * len(loader) + i) % 15 == 0:
-                    batches["epochs"].append(epoch + i / len(loader))
-                    batches["loss"].append(loss.item())
-                    batches["accuracy"].append(
-                        accuracy(outputs, labels)
-                    )
-                    batches["seconds"].append(
-                        seconds + perf_counter() - start
-                    )
-            seconds += perf_counter() - start
-            tests["epochs"].append(epoch + 1)
-            tests["seconds"].append(seconds)
-            tests["accuracy"].append(accuracy_on(model, data[1]))
-            after_epoch()
+                    row = {
+                        "epochs": epoch + i / len(loader),
+                        "loss": loss.item(),
+                        "accuracy": accuracy(outputs, labels),
+                    }
+                    passed = perf_counter() - start
+                    row["seconds"] = log["seconds"] + passed
+                    log["batches"].append(row)
+            log["seconds"] += perf_counter() - start
+            row = {
+                "epochs": epoch + 1,
+                "seconds": log["seconds"],
+                "accuracy": accuracy_on(model, data[1]),
+            }
+            log["tests"].append(row)
+            if schedule:
+                schedule.step()
+            checkpoint.save(log)
     except KeyboardInterrupt:
         print("Interrupted. The metrics so far are kept.")
-    return batches, tests
+    names = ["epochs", "seconds", "accuracy"]
+    return (
+        columns(log["batches"], [*names, "loss"]),
+        columns(log["tests"], names),
+    )
 
 
 # %% [markdown]
@@ -409,7 +464,11 @@ def train(
 
 # %% tags=["nbval-ignore-output"]
 hbp_batches, hbp_tests = train(
-    model, newton_step(model, optimizer), print_every=20
+    "HBP",
+    model,
+    optimizer,
+    newton_step(model, optimizer),
+    print_every=20,
 )
 
 # %% [markdown]
@@ -419,8 +478,8 @@ hbp_batches, hbp_tests = train(
 
 # %% tags=["nbval-ignore-output"]
 for name, p in model.named_parameters():
-    size = p.numel()
-    count = optimizer.last_step[p].iterations
+    size, info = p.numel(), optimizer.last_step.get(p)
+    count = info.iterations if info else "no step was taken here"
     print(f"{name:10} {size:9,} x {size:<9,} products: {count}")
 
 # %%
@@ -475,14 +534,22 @@ def first_order_step(model, optimizer):
 sgd_model = copy.deepcopy(untrained)
 sgd = torch.optim.SGD(sgd_model.parameters(), lr=0.1, momentum=0.9)
 sgd_batches, sgd_tests = train(
-    sgd_model, first_order_step(sgd_model, sgd), print_every=100
+    "SGD",
+    sgd_model,
+    sgd,
+    first_order_step(sgd_model, sgd),
+    print_every=100,
 )
 
 # %% tags=["nbval-ignore-output"]
 adam_model = copy.deepcopy(untrained)
 adam = torch.optim.Adam(adam_model.parameters(), lr=1e-3)
 adam_batches, adam_tests = train(
-    adam_model, first_order_step(adam_model, adam), print_every=100
+    "Adam",
+    adam_model,
+    adam,
+    first_order_step(adam_model, adam),
+    print_every=100,
 )
 
 # %% alt="Four panels: batch loss above, test accuracy below, against epochs on the left and seconds on the right, each for HBP, SGD and Adam. SGD stays at the loss of guessing. HBP leaves it after a few epochs. Adam leaves it first and ends lowest. Against seconds, the curve of HBP is stretched." tags=["nbval-ignore-output"]
@@ -588,12 +655,12 @@ print("At the rate of the first layer, the last one climbs.")
 
 # %% tags=["nbval-ignore-output"]
 def mean(values):
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else float("nan")
 
 
 def last_epochs(log, metric, count=3):
     """The mean of a metric over the last epochs."""
-    start = log["epochs"][-1] - count
+    start = max(log["epochs"], default=0) - count
     pairs = zip(log["epochs"], log[metric], strict=True)
     return mean([value for epoch, value in pairs if epoch > start])
 
@@ -608,8 +675,8 @@ for name, (batches, tests) in runs.items():
 print("test accuracy at the end, and seconds of training")
 for name, (_, tests) in runs.items():
     print(
-        f"{name:5} {tests['accuracy'][-1]:.3f}",
-        f"{tests['seconds'][-1]:6.0f} s",
+        f"{name:5} {last_epochs(tests, 'accuracy', count=1):.3f}",
+        f"{last_epochs(tests, 'seconds', count=1):6.0f} s",
     )
 
 # %% [markdown]
@@ -705,13 +772,15 @@ schedule = torch.optim.lr_scheduler.ExponentialLR(
 
 # %% tags=["nbval-ignore-output"]
 fast_batches, fast_tests = train(
+    "faster",
     fast_model,
+    fast_optimizer,
     newton_step(fast_model, fast_optimizer),
     print_every=100,
     num_epochs=5,
     batch_size=25 if quick() else 100,
     data=(normalised(train_set), normalised(test_set)),
-    after_epoch=schedule.step,
+    schedule=schedule,
 )
 
 # %% alt="Two panels against epochs: batch accuracy and test accuracy, for HBP with the original settings and with the new ones. The new curve rises at once, and within its five epochs gets as high as the old one gets at its end." tags=["nbval-ignore-output"]

@@ -46,6 +46,7 @@ if importlib.util.find_spec("hbp") is None:
 
 # %%
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -53,6 +54,7 @@ import torch
 from torch import nn
 
 from hbp import CGNewton, convert, output_hessian, set_seeds
+from hbp.checkpoint import Checkpoint
 from hbp.datasets import cifar10, quick
 from hbp.plotting import Panel, curves
 
@@ -174,21 +176,46 @@ def sgd(model, lr):
 
 # %% [markdown]
 # The training loop is the same for all. After each epoch it measures
-# the accuracy on the test images, and multiplies the learning rate by
-# `decay`. The clock runs during training only.
+# the accuracy on the test images, multiplies the learning rate by
+# `decay`, and prints a dot. The clock runs during training only. If
+# you interrupt a race, the numbers so far are kept.
+#
+# With a folder in the environment variable `HBP_CHECKPOINTS`, each
+# epoch is [saved](../docs/checkpoints.md) there, and a race that was
+# stopped goes on to the same result when it is started again.
 
 
 # %%
-def train(model, step, optimizer, epochs, decay):
-    log = {"epochs": [], "seconds": [], "test": [], "train": []}
+def train(name, model, step, optimizer, epochs, decay, log):
+    """Add an entry to the log for every epoch."""
     schedule = torch.optim.lr_scheduler.ExponentialLR(
         optimizer, decay
     )
-    generator = torch.Generator().manual_seed(0)
-    count, seconds = len(train_images), 0.0
-    for epoch in range(1, epochs + 1):
+    shuffle = torch.Generator().manual_seed(0)
+    count = len(train_images)
+    settings = {
+        "epochs": epochs,
+        "decay": decay,
+        "batch size": batch_size,
+        "images": count,
+        **optimizer.defaults,
+    }
+    folder = os.environ.get("HBP_CHECKPOINTS")
+    checkpoint = Checkpoint(
+        Path(folder) / f"06_{name}.pt" if folder else None,
+        settings,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        shuffle=shuffle,
+    )
+    if saved := checkpoint.resume():
+        log += saved
+        print(f"goes on after epoch {len(log)}/{epochs} ", end="")
+    seconds = log[-1]["seconds"] if log else 0.0
+    for epoch in range(len(log) + 1, epochs + 1):
         start, hits = perf_counter(), 0
-        order = torch.randperm(count, generator=generator)
+        order = torch.randperm(count, generator=shuffle)
         for batch in order.split(batch_size):
             labels = train_labels[batch]
             outputs = step(train_images[batch], labels)
@@ -198,25 +225,38 @@ def train(model, step, optimizer, epochs, decay):
         schedule.step()
         with torch.no_grad():
             right = model(test_images).argmax(1) == test_labels
-        log["epochs"].append(epoch)
-        log["seconds"].append(seconds)
-        log["train"].append(hits / count)
-        log["test"].append(right.float().mean().item())
-    return log
+        entry = {
+            "epochs": epoch,
+            "seconds": seconds,
+            "train": hits / count,
+            "test": right.float().mean().item(),
+        }
+        log.append(entry)
+        checkpoint.save(log)
+        print(".", end="", flush=True)
 
 
-def race(sizes, starts, epochs, decay):
+def race(title, sizes, starts, epochs, decay):
     """Train with every optimizer; return the logs by name."""
-    logs = {}
-    for name, start in starts.items():
-        model = network(sizes)
-        step, optimizer = start(model)
-        logs[name] = train(model, step, optimizer, epochs, decay)
-        print(
-            f"{name:5} test accuracy {logs[name]['test'][-1]:.3f}",
-            f"after {logs[name]['seconds'][-1]:.0f} s",
-        )
-    return logs
+    logs = {name: [] for name in starts}
+    try:
+        for name, start in starts.items():
+            print(f"{name:5} ", end="", flush=True)
+            model = network(sizes)
+            step, optimizer = start(model)
+            run, log = f"{title}_{name}", logs[name]
+            train(run, model, step, optimizer, epochs, decay, log)
+            print(
+                f" test accuracy {log[-1]['test']:.3f}",
+                f"after {log[-1]['seconds']:.0f} s",
+            )
+    except KeyboardInterrupt:
+        print("\nInterrupted. The metrics so far are kept.")
+    units = ["epochs", "seconds", "train", "test"]
+    return {
+        name: {unit: [entry[unit] for entry in log] for unit in units}
+        for name, log in logs.items()
+    }
 
 
 def draw(logs):
@@ -282,6 +322,7 @@ for count in [100, 500]:
 
 # %% tags=["nbval-ignore-output"]
 shallow_logs = race(
+    "shallow",
     shallow,
     {
         "HBP": lambda model: newton(model, lr=0.15, alpha=0.05),
@@ -336,6 +377,7 @@ else:
 
 # %% tags=["nbval-ignore-output"]
 deep_logs = race(
+    "deep",
     deep,
     {
         "HBP": lambda model: newton(model, lr=0.1, alpha=0.01),

@@ -48,6 +48,10 @@ def convert(model: nn.Module) -> HBPModule:
         ValueError: a layer has forward or backward hooks, which would be lost;
             a parameter or buffer is tied, used twice or not at all.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; it must be a torch.nn.Module."
+        )
     _refuse_tied(model)
     return _Conversion().twin(model, path="")
 

@@ -22,7 +22,10 @@ modified after* ("abs of the mean", eq-sum-then-modify), which is not the same m
 as the sum of per-sample PCHs (eq-two-pchs).
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
 from typing import Final
 
 import torch
@@ -51,21 +54,35 @@ _TREATMENTS: Final[dict[str | None, Treatment]] = {
 
 def is_nonnegative(treatment: Treatment) -> bool:
     """Whether a treated diagonal has no negative entry, whatever it was before."""
-    return treatment is not _keep
+    own = treatment.modify if isinstance(treatment, _Unscaled) else treatment
+    return own is not _keep
 
 
-def second_order_treatment(name: str | None) -> Treatment:
+@dataclass(frozen=True)
+class _Unscaled:
+    """mod(R) from s · R, where the loss was multiplied by s > 0."""
+
+    modify: Callable[[Tensor], Tensor]
+    loss_scale: float
+
+    def __call__(self, diagonal: Tensor) -> Tensor:
+        return self.modify(diagonal) / self.loss_scale
+
+
+def second_order_treatment(name: str | None, loss_scale: float = 1.0) -> Treatment:
     """Look up the treatment called ``name``.
 
     Args:
         name: ``None`` or ``"none"``, ``"zero"``, ``"abs"`` or ``"clip"``.
+        loss_scale: By how much δ, and with it the term, is too large.
 
     Returns:
         A function from the diagonal of a second-order term, [features], to the
         modified diagonal, [features]; ``None`` for ``"zero"``, which drops the term.
 
     Raises:
-        ValueError: ``name`` is none of these.
+        ValueError: ``name`` is none of these, or ``loss_scale`` not positive and
+            finite.
     """
     # A list or dict is no key; a lookup must not answer with its own TypeError.
     if not isinstance(name, str | None) or name not in _TREATMENTS:
@@ -74,4 +91,12 @@ def second_order_treatment(name: str | None) -> Treatment:
             "(Hessian), 'zero' (generalized Gauss-Newton), 'abs' or 'clip' "
             "(positive-curvature Hessians)."
         )
-    return _TREATMENTS[name]
+    if not (isinstance(loss_scale, Real) and 0 < loss_scale < math.inf):
+        raise ValueError(
+            f"loss_scale={loss_scale!r} must be a positive finite number: what the "
+            "loss was multiplied by before backward(), as scaler.get_scale()."
+        )
+    treatment = _TREATMENTS[name]
+    if treatment is None or loss_scale == 1:
+        return treatment
+    return _Unscaled(treatment, float(loss_scale))

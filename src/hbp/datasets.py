@@ -4,13 +4,16 @@
 [0, 1] and integer labels. Two environment variables decide where they come from:
 
 - `HBP_DATA`: the folder of the official files, in torchvision's layout (default
-  `~/.cache/hbp`). Missing files are downloaded into it.
+  `~/.cache/hbp`). It may be read-only. Files that are missing are downloaded into it.
 - `HBP_TUTORIAL=quick`: no official files at all. Small stand-ins of the same
   shapes take their place, so that a tutorial runs in under a minute and without
   a network. They are never chosen silently.
 
 Both sets fit in memory, so the images are converted once, here, and not again in
 every epoch. Needs the packages of `pip install "hbp[tutorials]"`.
+
+No file is trusted. Each is read once, and what was read is compared with the checksum
+of the official file before anything is made of it.
 
 `recorded(name)` returns what a longer training left behind; the package brings it
 along, and it needs no other.
@@ -19,12 +22,14 @@ along, and it needs no other.
 import hashlib
 import json
 import os
+import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Iterable
 from http.client import HTTPException
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,13 +39,24 @@ from torch.utils.data import TensorDataset
 
 __all__ = ["cifar10", "data_root", "mnist", "quick", "recorded"]
 
-# torchvision compares the MD5 of what it downloads, and of CIFAR-10's files whenever
-# it reads them. Of MNIST's files it only asks whether they exist. So we compare them.
-MNIST_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+# The MD5 of every official file, by its path below the data root. Two files of one
+# MD5 can be made; a second file of a given MD5 cannot, as far as anybody knows.
+MD5 = {
+    "MNIST": {
+        "MNIST/raw/train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "MNIST/raw/train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "MNIST/raw/t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "MNIST/raw/t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "CIFAR10": {
+        "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
+        "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
+        "cifar-10-batches-py/batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+    },
 }
 
 
@@ -51,19 +67,24 @@ def mnist(train: bool) -> TensorDataset:
     of scikit-learn's digits instead, which are real handwriting at 8 × 8 pixels.
 
     Raises:
-        ImportError: torchvision (or, in quick mode, scikit-learn) is missing.
-        RuntimeError: a download failed, or a file is not the official one.
+        ImportError: scikit-learn is missing in quick mode, or torchvision for a
+            download.
+        RuntimeError: a file is not the official one or cannot be read, or a download
+            failed.
         ValueError: `HBP_TUTORIAL` has a value other than "quick".
     """
     if quick():
         images, labels = _digits(train)
         _announce(len(labels), "of scikit-learn's 8x8 digits", "MNIST", train)
         return TensorDataset(images, labels)
-    for name, checksum in MNIST_MD5.items():
-        _check_file(data_root() / "MNIST" / "raw" / name, checksum)
-    official = _official("MNIST", train)
-    images = official.data[:, None].float().div_(255)
-    return TensorDataset(images, official.targets.long())
+    split = "train" if train else "t10k"
+    images, labels = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        for content in _official("MNIST", [f"{split}-images", f"{split}-labels"])
+    )
+    # A header of 16 and of 8 bytes says what the checksum has said already.
+    images = images[16:].view(-1, 1, 28, 28)
+    return TensorDataset(images.float().div_(255), labels[8:].long())
 
 
 def cifar10(train: bool) -> TensorDataset:
@@ -73,18 +94,22 @@ def cifar10(train: bool) -> TensorDataset:
     images that are made here from a seed.
 
     Raises:
-        ImportError: torchvision is missing (quick mode does without).
-        RuntimeError: a download failed.
+        ImportError: NumPy is missing, or torchvision for a download; quick mode
+            does without.
+        RuntimeError: a file is not the official one or cannot be read, or a download
+            failed.
         ValueError: `HBP_TUTORIAL` has a value other than "quick".
     """
     if quick():
         images, labels = _blobs(train)
         _announce(len(labels), "generated images", "CIFAR-10", train)
         return TensorDataset(images, labels)
-    # torchvision compares the MD5 of every CIFAR-10 file before it unpickles one.
-    official = _official("CIFAR10", train)
-    images = torch.from_numpy(official.data).permute(0, 3, 1, 2).contiguous()
-    return TensorDataset(images.float().div_(255), torch.tensor(official.targets))
+    _extra("numpy")  # The files are pickles of its arrays.
+    contents = _official("CIFAR10", ["data_batch" if train else "test_batch"])
+    batches = [pickle.loads(content, encoding="latin1") for content in contents]
+    pixels = torch.cat([torch.from_numpy(batch["data"]) for batch in batches])
+    labels = torch.tensor([label for batch in batches for label in batch["labels"]])
+    return TensorDataset(pixels.view(-1, 3, 32, 32).float().div_(255), labels)
 
 
 def quick() -> bool:
@@ -132,16 +157,63 @@ def recorded(name: str) -> dict[str, Any]:
 # --- The official files -------------------------------------------------------
 
 
-def _official(name: str, train: bool) -> Any:
-    """The torchvision data set `name`, downloaded if its files are not there yet."""
-    dataset: Callable[..., Any] = getattr(_extra("torchvision.datasets"), name)
+def _official(name: str, prefixes: Iterable[str]) -> list[bytes]:
+    """The contents of the files of `name` that begin so; each passed its checksum.
+
+    If one is missing, all that are missing are downloaded first.
+    """
     root = data_root()
+    paths = [p for p in MD5[name] if Path(p).name.startswith(tuple(prefixes))]
     try:
-        return dataset(root, train=train)
-    except RuntimeError:  # torchvision's "not found or corrupted"
-        print(f"Downloading {name} to {root}")
+        return _checked(root, name, paths)
+    except (FileNotFoundError, NotADirectoryError):
+        _download(root, name)
+    except OSError as error:
+        raise RuntimeError(
+            f"A file of {name} cannot be read ({error}). Change its permissions, or "
+            "set HBP_DATA to another folder."
+        ) from error
+    return _checked(root, name, paths)
+
+
+def _checked(root: Path, name: str, paths: Iterable[str]) -> list[bytes]:
+    """Read files below `root` and compare all of them, before any is used.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        RuntimeError: some are not the official ones; the message lists them.
+    """
+    contents = {path: (root / path).read_bytes() for path in paths}
+    wrong = [
+        str(root / path)
+        for path, content in contents.items()
+        if _md5(content) != MD5[name][path]
+    ]
+    if wrong:
+        raise RuntimeError(
+            f"Not an official file of {name}: {', '.join(wrong)}. It is damaged or was "
+            "replaced. Delete it and run again to download it anew."
+        )
+    return list(contents.values())
+
+
+def _download(root: Path, name: str) -> None:
+    """Download what is missing of `name`.
+
+    Other processes may do the same at the same time, and this one may end at any
+    moment. So torchvision works in a folder of this process alone; what passed its
+    checksum is moved to its place at once, never over a file that is there. A process
+    that was killed leaves a folder `hbp-download-...`, which nothing reads.
+    """
+    print(f"Downloading {name} to {root}")
+    download = getattr(_extra("torchvision.datasets"), name)
     try:
-        return dataset(root, train=train, download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="hbp-download-", dir=root) as private:
+            download(private, train=False, download=True)
+            for path in MD5[name]:
+                (content,) = _checked(Path(private), name, [path])
+                _place(content, root, path, Path(private) / "checked")
     except (OSError, RuntimeError, HTTPException) as error:
         raise RuntimeError(
             f"{name} is not in {root} and could not be downloaded ({error}). Either "
@@ -150,15 +222,19 @@ def _official(name: str, train: bool) -> Any:
         ) from error
 
 
-def _check_file(path: Path, checksum: str) -> None:
-    """Raise a `RuntimeError` if the file exists and its MD5 is not `checksum`."""
-    if not path.exists():
-        return
-    if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != checksum:
-        raise RuntimeError(
-            f"{path} is not the official file: it is damaged or was replaced. "
-            "Delete it and run again to download it anew."
-        )
+def _place(content: bytes, root: Path, path: str, scratch: Path) -> None:
+    """Write a file below `root`, whole or not at all, and nowhere else."""
+    target = root / path
+    if root.resolve() not in target.parent.resolve().parents:
+        raise OSError(f"{target.parent} is a link that leads out of {root}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        scratch.write_bytes(content)
+        scratch.replace(target)
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _extra(module: str) -> Any:

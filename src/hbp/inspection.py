@@ -37,6 +37,7 @@ from hbp.operators import (
     SymmetricOperator,
     check_alpha,
 )
+from hbp.precision import full_precision
 
 SMALL: Final = 1024
 """Up to this many rows a matrix is decomposed: 0.1 s on one core, in float64."""
@@ -167,6 +168,7 @@ class CurvatureReport:
 
 
 @torch.no_grad()
+@full_precision()
 def extremal_eigenvalues(
     operator: SymmetricOperator,
     count: int = 1,
@@ -232,6 +234,7 @@ def extremal_eigenvalues(
 
 
 @torch.no_grad()
+@full_precision()
 def condition_number(
     operator: SymmetricOperator, alpha: float, seed: int = 0
 ) -> float | None:
@@ -264,6 +267,7 @@ def condition_number(
 
 
 @torch.no_grad()
+@full_precision()
 def estimate_trace(
     operator: SymmetricOperator, products: int = 48, seed: int = 0
 ) -> TraceEstimate:
@@ -307,6 +311,7 @@ def estimate_trace(
 
 
 @torch.no_grad()
+@full_precision()
 def negative_mass(operator: SymmetricOperator) -> NegativeMass:
     """How much of a block's curvature is negative: Σ|λ < 0|, and its share of Σ|λ|.
 
@@ -334,6 +339,7 @@ def negative_mass(operator: SymmetricOperator) -> NegativeMass:
 
 
 @torch.no_grad()
+@full_precision()
 def compare_curvature(
     operator: SymmetricOperator,
     reference: SymmetricOperator,
@@ -395,6 +401,7 @@ def compare_curvature(
 
 
 @torch.no_grad()
+@full_precision()
 def inspect_curvature(model: nn.Module, alpha: float, seed: int = 0) -> CurvatureReport:
     """One row for each parameter that requires a gradient.
 
@@ -704,8 +711,8 @@ def _signs(
 
 
 def _generator(seed: int) -> torch.Generator:
-    if not _is_int(seed):
-        raise TypeError(f"seed={seed!r} must be an integer, such as 0.")
+    if not (_is_int(seed) and -(2**63) <= seed < 2**63):
+        raise TypeError(f"seed={seed!r} must be an integer, such as 0, of 64 bits.")
     # Data made with the same seed must not be the vectors drawn here: Lanczos that
     # starts at an eigenvector sees nothing else.
     return torch.Generator().manual_seed(seed ^ 0x9E3779B9)
@@ -727,4 +734,9 @@ def _check_operator(name: str, operator: object) -> None:
         raise TypeError(
             f"{name} is a {type(operator).__name__}; it must be a SymmetricOperator, "
             "such as p.hessian. Wrap a matrix in hbp.operators.DenseOperator(matrix)."
+        )
+    if operator.device.type == "meta":
+        raise ValueError(
+            f"{name} is on the device meta, where no number can be read. Move the "
+            "model to another one first."
         )

@@ -10,10 +10,14 @@ average of the samples' Hessians.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from hbp.checks import require_floats
+from hbp.precision import full_precision, is_narrow, widened
 
 
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
@@ -30,7 +34,8 @@ def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
 
     Returns:
         H̄, [C, C], C features per sample (all dimensions but the first, flattened;
-        C = 1 for outputs of shape [N]), of the dtype and on the device of ``outputs``.
+        C = 1 for outputs of shape [N]), on the device of ``outputs`` and of their
+        dtype, or in float32 if that is narrower.
 
     Raises:
         ValueError: ``loss`` is no scalar, does not depend on ``outputs``, or the
@@ -55,33 +60,66 @@ def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
+@full_precision()
 def _hessian_rows(loss: Tensor, outputs: Tensor) -> Tensor:
     """Row c of every sample's Hessian, [C, N, C]."""
     _check_loss(loss)
     _check_outputs(outputs)
     features = outputs[0].numel()
-    zeros = outputs.new_zeros(features, len(outputs), features)
-    gradient = _gradient(loss, outputs)
+    dtype = widened(outputs.dtype)
+    zeros = outputs.new_zeros(features, len(outputs), features, dtype=dtype)
+    places = _places(loss, outputs)
+    gradient = _gradient(loss, outputs, places)
     if not gradient.requires_grad:  # A loss that is linear in the outputs.
         return zeros
     # Row c is ∂(Σ_m ∂loss/∂z_mc)/∂z_n: samples do not mix, so the inner sum only
     # collects what belongs to sample n. All rows in one batched pass.
     columns = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
-    (rows,) = torch.autograd.grad(
+    rows = torch.autograd.grad(
         columns.sum(0),
-        outputs,
-        torch.eye(features, dtype=outputs.dtype, device=outputs.device),
+        places,
+        torch.eye(features, dtype=gradient.dtype, device=gradient.device),
         is_grads_batched=True,
         retain_graph=True,
         # Layers take a gradient for that of loss.backward() unless this is set.
         create_graph=True,
         allow_unused=True,
     )
-    if rows is None:  # Linear in the outputs, though not in something else.
+    found = [row for row in rows if row is not None]
+    if not found:  # Linear in the outputs, though not in something else.
         return zeros
-    return rows.detach().reshape(zeros.shape)
+    hessian = _sum(found).detach().to(zeros).reshape(zeros.shape)
+    if is_narrow(gradient.dtype):  # Its roundings are not symmetric.
+        hessian = (hessian + hessian.transpose(0, 2)) / 2
+    return hessian
 
 
+def _places(loss: Tensor, outputs: Tensor) -> Sequence[Tensor] | Sequence[GradientEdge]:
+    """Where to differentiate: at the outputs, or where the loss has widened them.
+
+    A loss under autocast begins by casting half-precision outputs to float32. A
+    derivative there keeps the digits that it would lose on its way through the cast.
+    """
+    if not (is_narrow(outputs.dtype) and outputs.requires_grad):
+        return [outputs]
+    own = get_gradient_edge(outputs)
+    casts: list[GradientEdge] = []
+    seen, waiting = {own.node, None}, [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for before, index in node.next_functions:
+            if before is own.node and index == own.output_nr:
+                if node.name() != "ToCopyBackward0":
+                    return [outputs]
+                casts.append(GradientEdge(node, 0))
+            waiting.append(before)
+    return casts or [outputs]
+
+
+@full_precision()
 def output_hessian(
     loss_func: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor
 ) -> Tensor:
@@ -99,22 +137,29 @@ def output_hessian(
         targets: What ``loss_func`` takes as its second argument.
 
     Returns:
-        H̄, [C, C], as from ``batch_summed_hessian``.
+        H̄, [C, C], as from ``batch_summed_hessian``. It is that of the widened outputs
+        where these are in half precision.
 
     Raises:
         ValueError: the batch is empty, or the loss is no scalar.
         ArithmeticError: the Hessian has NaN or infinity.
     """
     _check_outputs(outputs)
+    if not callable(loss_func):
+        raise TypeError(
+            f"loss_func is a {type(loss_func).__name__}; it must be a function of "
+            "outputs and targets."
+        )
     formula = _FORMULAS.get(type(loss_func))
-    z = outputs.detach()
+    z = outputs.detach().to(widened(outputs.dtype))
     if formula is _cross_entropy and z.dim() < 2:
         raise ValueError(
             f"outputs has shape {list(z.shape)}, which CrossEntropyLoss takes as one "
             "sample. Give it a batch, [N, C]: outputs.unsqueeze(0)."
         )
     # torch's MSELoss broadcasts, and then the formula is another.
-    broadcast = formula is _mean_squared_error and targets.shape != z.shape
+    shape = getattr(targets, "shape", None)
+    broadcast = formula is _mean_squared_error and shape != z.shape
     scalar = getattr(loss_func, "reduction", None) in ("mean", "sum")
     if formula is None or broadcast or z.dim() < 2 or not scalar:
         with torch.enable_grad():
@@ -190,6 +235,7 @@ _FORMULAS: dict[type, Callable[..., Tensor]] = {
 
 
 def _check_outputs(outputs: Tensor) -> None:
+    require_floats("outputs", outputs)
     if outputs.dim() == 0 or len(outputs) == 0:
         raise ValueError(
             f"outputs has shape {list(outputs.shape)}; a batch [N, ...] with at least "
@@ -204,6 +250,7 @@ def _check_loss(loss: Tensor) -> None:
             f"loss must be a scalar tensor, got {shape}. Use reduction='mean' or "
             "'sum', or call loss.sum()."
         )
+    require_floats("loss", loss)
     if not bool(loss.isfinite()):
         raise ArithmeticError(
             f"loss is {float(loss.detach())}. Check the inputs, or lower the learning "
@@ -211,16 +258,20 @@ def _check_loss(loss: Tensor) -> None:
         )
 
 
-def _gradient(loss: Tensor, outputs: Tensor) -> Tensor:
-    """∂loss/∂z with a graph of its own, of the shape of z."""
+def _gradient(
+    loss: Tensor,
+    outputs: Tensor,
+    places: Sequence[Tensor] | Sequence[GradientEdge],
+) -> Tensor:
+    """∂loss/∂z with a graph of its own, of the shape of z; the sum over ``places``."""
     if not loss.requires_grad or not outputs.requires_grad:
         raise ValueError(
             "loss and outputs need a graph: compute outputs = model(inputs) and loss = "
             "loss_func(outputs, labels) with gradients enabled, outputs not detached."
         )
     try:
-        (gradient,) = torch.autograd.grad(
-            loss, outputs, create_graph=True, allow_unused=True
+        gradients = torch.autograd.grad(
+            loss, places, create_graph=True, allow_unused=True
         )
     except RuntimeError as error:
         if "second time" not in str(error):
@@ -229,11 +280,19 @@ def _gradient(loss: Tensor, outputs: Tensor) -> Tensor:
             "The graph of loss is gone. Call batch_summed_hessian(loss, outputs) "
             "before loss.backward()."
         ) from error
-    if gradient is None:
+    found = [gradient for gradient in gradients if gradient is not None]
+    if not found:
         raise ValueError(
             "loss does not depend on outputs. Pass the very tensor that loss_func got."
         )
-    return gradient
+    return _sum(found)
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term.to(total)
+    return total
 
 
 def _require_finite(hessian: Tensor) -> Tensor:

@@ -32,13 +32,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
-from numbers import Real
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from hbp.checks import is_number
 from hbp.maps import DiagonalMap, LinearMap, MatrixMap, Watched, columns_at_once
+from hbp.precision import full_precision, is_narrow
 
 _dense_limit = 2**29
 
@@ -161,12 +162,26 @@ class SymmetricOperator(ABC):
         shape: ``torch.Size([n, n])``.
         dtype: Type of the entries.
         device: Where the factors live.
+
+    Raises:
+        ValueError: the dtype is narrower than float32.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        if is_narrow(dtype):
+            raise ValueError(
+                f"A matrix of {dtype} is too coarse for curvature: a solve would lose "
+                "all digits. Convert it with .float()."
+            )
         self.shape = torch.Size((size, size))
         self.dtype = dtype
         self.device = device
+
+    def __init_subclass__(cls) -> None:
+        """Let no question be answered under autocast, whatever the class overrides."""
+        super().__init_subclass__()
+        for name in {"diagonal", "trace", "eigvalsh"} & vars(cls).keys():
+            setattr(cls, name, full_precision()(vars(cls)[name]))
 
     @abstractmethod
     def _product(self, columns: Tensor) -> Tensor:
@@ -190,6 +205,7 @@ class SymmetricOperator(ABC):
         """target, [n, k], += scale · A · columns, [n, k]. Arguments go unchecked."""
         target.add_(self._product(columns), alpha=scale)
 
+    @full_precision()
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Multiply a vector, [n], or a stack of vectors as columns, [n, k].
 
@@ -201,6 +217,7 @@ class SymmetricOperator(ABC):
             return self._product(vectors.unsqueeze(1)).squeeze(1)
         return self._product(vectors)
 
+    @full_precision()
     def to_dense(self) -> Tensor:
         """The matrix itself, [n, n]. Treat it as read-only: it may be shared.
 
@@ -242,6 +259,7 @@ class SymmetricOperator(ABC):
         """All eigenvalues in ascending order, [n]."""
         return torch.linalg.eigvalsh(self.to_dense())
 
+    @full_precision()
     def solve(self, b: Tensor, alpha: float = 0.0) -> Tensor:
         """Solve [(1-α)A + αI] x = b directly.
 
@@ -312,6 +330,8 @@ class SymmetricOperator(ABC):
                 f"{name} is {vectors.dtype} on {vectors.device}, but the operator is "
                 f"{self.dtype} on {self.device}. Convert it with .to(...)."
             )
+        if vectors.layout != torch.strided:
+            raise ValueError(f"{name} is {vectors.layout}. Use .to_dense().")
 
     def __repr__(self) -> str:
         return (
@@ -324,15 +344,25 @@ class DenseOperator(SymmetricOperator):
     """A symmetric matrix that is stored.
 
     Args:
-        matrix: [n, n], symmetric and finite. Only its shape is checked here.
+        matrix: [n, n], n > 0, symmetric and finite. Only its kind and its shape are
+            checked here.
 
     Raises:
-        ValueError: ``matrix`` is not square.
+        TypeError: ``matrix`` is no tensor.
+        ValueError: ``matrix`` is empty, not square, or not of floating-point numbers.
     """
 
     def __init__(self, matrix: Tensor) -> None:
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"matrix is a {type(matrix).__name__}; pass a tensor.")
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be square, got shape {list(matrix.shape)}.")
+        if len(matrix) == 0:
+            raise ValueError("matrix is empty.")
+        if not matrix.is_floating_point():
+            raise ValueError(
+                f"matrix is {matrix.dtype}; it must have a floating-point dtype."
+            )
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
         self.matrix = matrix
 
@@ -829,15 +859,15 @@ class KroneckerBlock(SymmetricOperator):
             direction = torch.where(length > 0, rows / length, 0)
             return length.square().reshape(1) * self.weight, direction.T
         if len(rows) >= self.in_features:
-            return _eigh(rows.T @ rows * self.weight)
+            return eigh_of_gram(rows.T @ rows * self.weight)
         basis, factor = torch.linalg.qr(rows.T)
-        values, vectors = _eigh(factor @ factor.T * self.weight)
+        values, vectors = eigh_of_gram(factor @ factor.T * self.weight)
         return values, basis @ vectors
 
     @cached_property
     def _gram_spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of w FFᵀ, [m], ascending, and eigenvectors U, [m, m]."""
-        return _eigh(self.rows @ self.rows.T * self.weight)
+        return eigh_of_gram(self.rows @ self.rows.T * self.weight)
 
     @property
     def _restricted(self) -> KroneckerDiagonal:
@@ -907,7 +937,7 @@ class KroneckerBlock(SymmetricOperator):
         # Round-off is relative to the terms of δᵀX, which may cancel, not to the sum.
         terms = output_gradient.abs().T @ torch.linalg.vector_norm(self.rows, dim=1)
         scale = factor.abs() * terms.max() / unit
-        return factor, gap <= MULTIPLE_SLACK * torch.finfo(b.dtype).eps * scale
+        return factor, gap < MULTIPLE_SLACK * torch.finfo(b.dtype).eps * scale
 
 
 class _ColumnReduction(Reduction):
@@ -1207,7 +1237,7 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix), vectors.to(matrix)
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigh_of_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending and not negative, and eigenvectors of a Gram matrix.
 
     Where the matrix is not finite, for its squares may overflow, the values are NaN,
@@ -1239,7 +1269,7 @@ def set_dense_limit(nbytes: int) -> int:
         ValueError: ``nbytes`` is no positive number.
     """
     global _dense_limit
-    if not (isinstance(nbytes, Real) and nbytes > 0):
+    if not (is_number(nbytes) and nbytes > 0):
         raise ValueError(f"nbytes={nbytes!r} must be a positive number of bytes.")
     before, _dense_limit = _dense_limit, nbytes
     return before
@@ -1257,7 +1287,7 @@ def attach_hessian(parameter: Tensor, operator: SymmetricOperator | None) -> Non
 
 def check_alpha(alpha: float) -> None:
     """Raise ValueError unless ``alpha``, the damping α, is in [0, 1]."""
-    if not (isinstance(alpha, Real) and 0 <= alpha <= 1):
+    if not (is_number(alpha) and 0 <= alpha <= 1):
         raise ValueError(
             f"alpha={alpha!r} is outside [0, 1]. It weighs (1-α)H + αI: 0 is the bare "
             "curvature, 1 plain gradient descent; 0.02 is a common start."

@@ -16,15 +16,24 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, count
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hbp.blocks import JointBlock, JointPart
+from hbp.checks import require_floats
 from hbp.curvature import Treatment, is_nonnegative, second_order_treatment
+from hbp.distributed import (
+    Factor,
+    JointBatch,
+    JointOperator,
+    Samples,
+    require_initialised,
+)
 from hbp.maps import ChainMap, JointMap, LinearMap, ReplicateMap
 from hbp.operators import (
     Congruence,
@@ -37,6 +46,12 @@ from hbp.operators import (
     ZeroOperator,
     attach_hessian,
 )
+from hbp.precision import full_precision, is_narrow, widened
+
+if TYPE_CHECKING:  # A torch without torch.distributed has no such name.
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 class HessianPass:
@@ -45,19 +60,28 @@ class HessianPass:
     Args:
         treatment: How second-order terms are modified.
         batch: N for exact curvature of N samples, ``None`` for averaged curvature.
+        joint: The batch of which this process has a part, if it is so.
 
     Attributes:
         treatment: The same.
         batch: The same.
+        joint: The same.
         blocks: The curvature that will be left on parameters; on two, if they share it.
     """
 
-    def __init__(self, treatment: Treatment, batch: int | None = None) -> None:
+    def __init__(
+        self,
+        treatment: Treatment,
+        batch: int | None = None,
+        joint: JointBatch | None = None,
+    ) -> None:
         self.treatment = treatment
         self.batch = batch
+        self.joint = joint
         self.blocks: list[tuple[Sequence[Tensor], SymmetricOperator]] = []
         self._statistics: list[tuple[Tensor, str, nn.Module]] = []
-        self._latest: tuple[nn.Module, Tensor] | None = None
+        self._latest: dict[Record, Tensor] = {}
+        self._keys: Iterator[tuple[nn.Module, str, int]] = iter(())
 
     @property
     def is_exact(self) -> bool:
@@ -73,6 +97,18 @@ class HessianPass:
         """This pass, with the rules of the next layer read without averaging."""
         twin = copy.copy(self)
         twin.batch = batch
+        twin.joint = None
+        return twin
+
+    def reading(self, module: nn.Module, rule: str) -> HessianPass:
+        """This pass, as one rule of a layer is to read it.
+
+        In a joint batch a statistic is known by who asks for it.
+        """
+        if self.joint is None:
+            return self
+        twin = copy.copy(self)
+        twin._keys = ((module, rule, i) for i in count())
         return twin
 
     def without_blocks(self) -> HessianPass:
@@ -81,37 +117,55 @@ class HessianPass:
         twin.blocks = []
         return twin
 
-    def once(self, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-        """``compute()``, if it is not what ``module`` asked for just before.
+    def once(self, record: Record, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, if it is not what the owner of ``record`` asked for before.
 
         Two rules of a layer can share an array of the batch's size, and it is gone
         as soon as the next layer asks.
         """
-        if self._latest is None or self._latest[0] is not module:
-            self._latest = module, compute()
-        return self._latest[1]
+        if record not in self._latest:
+            self._latest.clear()
+            self._latest[record] = compute()
+        return self._latest[record]
 
     def mean(self, values: Tensor) -> Tensor:
         """A first derivative as the pass reads it.
 
         [N, ...] → [features] averaged, [N · features] exact.
         """
-        return values.flatten() if self.is_exact else mean_over_batch(values)
+        if self.is_exact:
+            return values.flatten()
+        return self.mean_of_sum(sum_over_batch(values.flatten(1)), len(values))
+
+    def mean_of_sum(self, sums: Tensor, samples: int) -> Tensor:
+        """A mean over the batch from a sum over the samples of the record."""
+        if self.joint is None:
+            return sums / samples
+        return self.joint.mean(next(self._keys), sums, samples)
 
     def total(self, values: Tensor) -> Tensor:
         """A second-order term as the pass reads it; summed, as in eq-sum-then-modify.
 
         [N, ...] → [features] summed, [N · features] exact.
         """
-        return values.flatten() if self.is_exact else sum_over_batch(values.flatten(1))
+        if self.is_exact:
+            return values.flatten()
+        sums = sum_over_batch(values.flatten(1))
+        return sums if self.joint is None else self.joint.total(next(self._keys), sums)
+
+    def factor(self, x: Tensor, output_gradient: Tensor | None) -> Factor:
+        """w FᵀF = E[xxᵀ] over the batch, from x, [N, features], and δ."""
+        if self.joint is None:
+            return Factor(x, 1 / len(x), output_gradient)
+        return self.joint.factor(next(self._keys), x, output_gradient)
 
     def finite(self, statistic: Tensor, what: str, module: nn.Module) -> Tensor:
         """Return ``statistic``; ``finish`` will check it."""
         self._statistics.append((statistic, what, module))
         return statistic
 
-    def finish(self) -> None:
-        """Check every statistic, and then set ``p.hessian`` on the parameters.
+    def check(self) -> None:
+        """Check every statistic.
 
         On a GPU a check waits for all that was launched before it, so there is only
         one.
@@ -130,6 +184,9 @@ class HessianPass:
                         f"The {what} of {module} contains NaN or infinity. Check the "
                         "inputs, the weights and the loss of the last forward pass."
                     )
+
+    def leave_blocks(self) -> None:
+        """Set ``p.hessian`` on the parameters."""
         for parameters, block in self.blocks:
             if len(parameters) == 1:
                 attach_hessian(parameters[0], block)
@@ -143,7 +200,7 @@ class HessianPass:
 class Record:
     """What one forward and backward pass leave behind for the Hessian pass.
 
-    Tensors are kept by reference, without their graph.
+    Tensors are kept by reference, without their graph. Half precision is widened.
 
     Args:
         input: x, [N, ...].
@@ -155,7 +212,7 @@ class Record:
     Attributes:
         input_shape: [N, ...] of x.
         output_shape: [N, ...] of z.
-        kind: dtype and device of z.
+        kind: dtype of the curvature w.r.t. z, at least float32, and its device.
         output_gradient: δ = ∂loss/∂z, [N, ...], once ``loss.backward()`` has run. It
             carries the 1/N of a mean loss.
         expects_gradient: Whether ``loss.backward()`` will bring δ.
@@ -172,7 +229,7 @@ class Record:
         with_gradient: bool,
     ) -> None:
         self.input_shape, self.output_shape = input.shape, output.shape
-        self.kind = output.dtype, output.device
+        self.kind = widened(output.dtype), output.device
         self.output_gradient: Tensor | None = None
         self.accumulated = False
         self.successor: Callable[[], Record | None] = lambda: None
@@ -193,7 +250,7 @@ class Record:
         """
         if torch.is_grad_enabled():
             return
-        self.output_gradient = gradient.detach()
+        self.output_gradient = gradient.detach().to(widened(gradient.dtype))
         # The hook runs before this backward pass adds to p.grad: what is there
         # already comes from another one.
         # What replaces a parameter in torch.func.functional_call may be no leaf.
@@ -202,6 +259,27 @@ class Record:
         self.accumulated |= any(bool(g.any()) for g in gradients)
         if (successor := self.successor()) is not None:
             successor.accumulated = True
+
+    def of_joint_batch(self, joint: Samples) -> Record:
+        """This record with the samples of all processes."""
+        whole = copy.copy(self)
+        whole._kept, whole.output_gradient = joint
+        whole._version = joint.kept._version
+        samples = len(joint.kept)
+        whole.input_shape = torch.Size([samples, *self.input_shape[1:]])
+        whole.output_shape = torch.Size([samples, *self.output_shape[1:]])
+        return whole
+
+    def require_wide_state(self, module: nn.Module) -> None:
+        """Raise TypeError if a parameter or buffer is in half precision."""
+        for dtype in {tensor.dtype for tensor in self._state}:
+            if is_narrow(dtype):
+                raise TypeError(
+                    f"{module} has parameters or buffers in {dtype}, too coarse for "
+                    "curvature and for the steps it gives. Keep the model in float32, "
+                    "as by model.float(), and compute outputs and loss under "
+                    f"torch.autocast(device_type, dtype={dtype})."
+                )
 
     def require_same_state(self, module: nn.Module) -> None:
         """Raise RuntimeError if a parameter or buffer has changed since."""
@@ -231,7 +309,7 @@ class Record:
                 "backward_hessian() before overwriting it, or use an out-of-place "
                 "operation."
             )
-        return self._kept
+        return self._kept.to(widened(self._kept.dtype))
 
 
 class HBPModule(nn.Module):
@@ -260,8 +338,10 @@ class HBPModule(nn.Module):
     ) -> Tensor:
         """Remember this forward pass and return ``output``.
 
-        Nothing is remembered without gradients, nor inside ``torch.func``'s
-        transforms, whose tensors mean nothing outside.
+        Nothing is remembered without gradients, nor where the tensors mean nothing
+        outside: in ``torch.func``, ``torch.fx`` and ``torch.export``. In a model under
+        ``torch.compile`` a layer's graph ends here, so that what is remembered
+        are the tensors of this very pass.
 
         Args:
             input: x, [N, ...].
@@ -270,13 +350,23 @@ class HBPModule(nn.Module):
             with_gradient: ``False`` for a layer whose z is a view of x. It has no use
                 for δ, and autograd drops the hook if z is then changed in place.
         """
-        if torch.is_grad_enabled() and not _is_transformed(output):
-            own = self.parameters(recurse=False), self.buffers(recurse=False)
-            record = Record(input, output, keep, chain(*own), with_gradient)
-            if self._record is not None:
-                self._record.successor = weakref.ref(record)
-            self._record = record
+        if torch.is_grad_enabled():
+            remember = self._remember
+            if torch.compiler.is_compiling():
+                remember = torch.compiler.disable(remember)
+            remember(input, output, keep, with_gradient)
         return output
+
+    def _remember(
+        self, input: Tensor, output: Tensor, keep: Tensor | None, with_gradient: bool
+    ) -> None:
+        if _is_traced(output):
+            return
+        own = self.parameters(recurse=False), self.buffers(recurse=False)
+        record = Record(input, output, keep, chain(*own), with_gradient)
+        if self._record is not None:
+            self._record.successor = weakref.ref(record)
+        self._record = record
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; its ``hessian`` is None, as its ``grad`` is."""
@@ -365,6 +455,8 @@ class HBPModule(nn.Module):
         output_hessian: Tensor | SymmetricOperator,
         compute_input_hessian: bool = False,
         modify_2nd_order_terms: str | None = None,
+        process_group: ProcessGroup | None = None,
+        loss_scale: float = 1.0,
     ) -> SymmetricOperator | None:
         """Send curvature backward through this module.
 
@@ -382,6 +474,13 @@ class HBPModule(nn.Module):
             modify_2nd_order_terms: ``None`` or ``"none"`` (Hessian), ``"zero"``
                 (generalized Gauss-Newton), ``"abs"`` or ``"clip"``
                 (positive-curvature Hessians); see ``hbp.curvature``.
+            process_group: Processes that each have a part of the batch, as
+                ``torch.distributed.group.WORLD``: the curvature is that of the whole,
+                whose loss is the [mean of their losses][eq-parts]. All of them have to
+                call. ``None`` for curvature of the samples of this process.
+            loss_scale: What ``loss`` was multiplied by for ``backward()`` alone, as
+                ``scaler.get_scale()`` of a ``torch.amp.GradScaler``. The second-order
+                terms are divided by it; ``output_hessian`` is that of ``loss`` itself.
 
         Returns:
             H_x, an operator of shape [features, features] over the flattened input
@@ -389,21 +488,119 @@ class HBPModule(nn.Module):
 
         Raises:
             ValueError: ``output_hessian`` has the wrong shape, dtype or device, is
-                not symmetric or finite; the treatment is unknown; the batch is empty.
+                not symmetric or finite; the treatment is unknown; the batch is empty;
+                ``loss_scale`` is not positive and finite.
+            TypeError: a parameter is in half precision.
             RuntimeError: no forward pass, or no ``loss.backward()``, came before;
-                gradients were accumulated over several passes.
+                gradients were accumulated over several passes; another process of the
+                group failed.
             ArithmeticError: what was recorded contains NaN or infinity.
         """
-        treatment = second_order_treatment(modify_2nd_order_terms)
-        operator = as_operator(output_hessian)
-        batch = len(operator.blocks) if isinstance(operator, SampleBlocks) else None
-        hessian_pass = HessianPass(treatment, batch)
-        with torch.no_grad():
+        if not isinstance(compute_input_hessian, bool):
+            raise TypeError(
+                f"compute_input_hessian={compute_input_hessian!r} must be True or "
+                "False."
+            )
+        treatment = second_order_treatment(modify_2nd_order_terms, loss_scale)
+        with torch.no_grad(), full_precision():
+            if process_group is not None:
+                require_initialised()
+                joint = JointBatch(process_group, output_hessian.device)
+                return self._send_back_jointly(
+                    output_hessian, treatment, joint, compute_input_hessian
+                )
+            operator = as_operator(output_hessian)
+            hessian_pass = HessianPass(treatment, _samples_of(operator))
             input_hessian = self._send_back(
                 operator, hessian_pass, compute_input_hessian
             )
-            hessian_pass.finish()
+            hessian_pass.check()
+            hessian_pass.leave_blocks()
         return input_hessian
+
+    def _send_back_jointly(
+        self,
+        output_hessian: Tensor | SymmetricOperator,
+        treatment: Treatment,
+        joint: JointBatch,
+        compute_input_hessian: bool,
+    ) -> SymmetricOperator | None:
+        """``backward_hessian`` for the batch of all processes."""
+        with joint.together():
+            operator = as_operator(output_hessian)
+            hessian_pass = HessianPass(treatment, _samples_of(operator), joint)
+            if hessian_pass.is_exact:
+                sent = self._send_back(operator, hessian_pass, compute_input_hessian)
+                hessian_pass.check()
+                sizes = [block.shape[0] for _, block in hessian_pass.blocks]
+                joint.product_entries = sum(sizes)
+            else:
+                joint.total("output Hessian", operator.to_dense().clone())
+                self._collect(hessian_pass, compute_input_hessian)
+        if not hessian_pass.is_exact:
+            joint.exchange()
+            hessian_pass = HessianPass(treatment, None, joint)
+            whole = joint.total("output Hessian", operator.to_dense())
+            sent = self._send_back(
+                DenseOperator(whole), hessian_pass, compute_input_hessian
+            )
+            hessian_pass.check()
+        hessian_pass.leave_blocks()
+        return sent
+
+    def _collect(self, hessian_pass: HessianPass, compute_input_hessian: bool) -> None:
+        """Ask for every statistic that ``_send_back`` is going to read."""
+        self._check_pass()
+        assert hessian_pass.joint is not None
+        hessian_pass.joint.count = self.last_record.input_shape[0]
+        if any(p.requires_grad for p in self.parameters()):
+            self._collect_parameters(hessian_pass)
+        if compute_input_hessian:
+            self._read_second_order(hessian_pass)
+            self._collect_jacobian(hessian_pass)
+
+    def _collect_parameters(self, hessian_pass: HessianPass) -> None:
+        if getattr(self, "average_parameter_jacobian", True):
+            for _ in self._read_parameter_jacobians(hessian_pass):
+                pass
+        else:
+            self._joint_record(hessian_pass)
+
+    def _collect_jacobian(self, hessian_pass: HessianPass) -> None:
+        if getattr(self, "average_input_jacobian", True):
+            self._jacobian(hessian_pass)
+        else:
+            self._joint_record(hessian_pass)
+
+    def _read_second_order(self, hessian_pass: HessianPass) -> Tensor | None:
+        return self.second_order(hessian_pass.reading(self, "second_order"))
+
+    def _read_parameter_jacobians(
+        self, hessian_pass: HessianPass
+    ) -> Iterable[tuple[Tensor, LinearMap]]:
+        rule = "parameter_jacobians"
+        return self.parameter_jacobians(hessian_pass.reading(self, rule))
+
+    def _joint_record(self, hessian_pass: HessianPass) -> Record:
+        """The record of all samples, also of those that other processes have."""
+        record, joint = self.last_record, hessian_pass.joint
+        if joint is None or not record.keeps:
+            return record
+        samples = Samples(record.kept, record.output_gradient)
+        return record.of_joint_batch(joint.samples((self, "record"), samples))
+
+    @contextmanager
+    def _sample_by_sample(
+        self, hessian_pass: HessianPass
+    ) -> Iterator[tuple[HessianPass, int]]:
+        """Inside, rules read the samples one by one, those of all processes; N."""
+        own = self.last_record
+        self._record = self._joint_record(hessian_pass)
+        try:
+            samples = self._record.input_shape[0]
+            yield hessian_pass.exactly(samples), samples
+        finally:
+            self._record = own
 
     def _send_back(
         self,
@@ -426,7 +623,7 @@ class HBPModule(nn.Module):
 
         This is eq-hbp, with the means of eq-averaging.
         """
-        second_order = self.second_order(hessian_pass)
+        second_order = self._read_second_order(hessian_pass)
         outer, jacobian = output_hessian, self._jacobian
         if isinstance(outer, ZeroOperator):
             return self._second_order_alone(outer, second_order, hessian_pass)
@@ -434,8 +631,8 @@ class HBPModule(nn.Module):
         if hessian_pass.is_exact or getattr(self, "average_input_jacobian", True):
             return Congruence(outer, jacobian(hessian_pass), second_order, positive)
         # E[JᵀHJ]: every sample gets 1/N of H, and its own J.
-        count = self.last_record.input_shape[0]
-        each = jacobian(hessian_pass.exactly(count))
+        with self._sample_by_sample(hessian_pass) as (exact_pass, count):
+            each = jacobian(exact_pass)
         repeated = RepeatedOperator(outer, count, 1 / count)
         spread = ReplicateMap(count, each.in_size // count)
         path = ChainMap([spread, each], spread.in_size)
@@ -488,7 +685,7 @@ class HBPModule(nn.Module):
 
     def _jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         """``jacobian``, if it fits what was recorded; a chain records nothing."""
-        jacobian = self.jacobian(hessian_pass)
+        jacobian = self.jacobian(hessian_pass.reading(self, "jacobian"))
         if self._record is None:
             return jacobian
         entering = self.last_record.input_shape[1:].numel() * hessian_pass.samples
@@ -515,19 +712,13 @@ class HBPModule(nn.Module):
         This is eq-hbp without a second-order term, with the means of eq-averaging, or
         read exactly as in eq-exact.
         """
-        averages = hessian_pass.is_exact or getattr(
-            self, "average_parameter_jacobian", True
-        )
-        if not averages:  # Every sample gets 1/N of H, and its own J.
-            count = self.last_record.input_shape[0]
+        averages = getattr(self, "average_parameter_jacobian", True)
+        if hessian_pass.is_exact or averages:
+            jacobians = self._trained_jacobians(hessian_pass)
+        else:  # Every sample gets 1/N of H, and its own J.
+            with self._sample_by_sample(hessian_pass) as (exact_pass, count):
+                jacobians = self._trained_jacobians(exact_pass)
             output_hessian = RepeatedOperator(output_hessian, count, 1 / count)
-            hessian_pass = hessian_pass.exactly(count)
-        jacobians = {}
-        for parameter, jacobian in self.parameter_jacobians(hessian_pass):
-            rule = f"parameter_jacobians ({list(parameter.shape)})"
-            self._check_map(rule, jacobian, parameter.numel(), hessian_pass)
-            if parameter.requires_grad:
-                jacobians[parameter] = jacobian
         if getattr(self, "joint_bias", False) and len(jacobians) == 2:
             joint = Congruence(output_hessian, JointMap(*jacobians.values()))
             self._leave(tuple(jacobians), joint, hessian_pass)
@@ -536,6 +727,16 @@ class HBPModule(nn.Module):
             block = Congruence(output_hessian, jacobian)
             self._leave((parameter,), block, hessian_pass)
 
+    def _trained_jacobians(self, hessian_pass: HessianPass) -> dict[Tensor, LinearMap]:
+        """∂z/∂θ of the parameters that require a gradient, checked."""
+        jacobians = {}
+        for parameter, jacobian in self._read_parameter_jacobians(hessian_pass):
+            rule = f"parameter_jacobians ({list(parameter.shape)})"
+            self._check_map(rule, jacobian, parameter.numel(), hessian_pass)
+            if parameter.requires_grad:
+                jacobians[parameter] = jacobian
+        return jacobians
+
     def _leave(
         self,
         parameters: Sequence[Tensor],
@@ -543,6 +744,8 @@ class HBPModule(nn.Module):
         hessian_pass: HessianPass,
     ) -> None:
         """Note the block of parameters, in as many sub-blocks as the layer wants."""
+        if hessian_pass.joint is not None and hessian_pass.is_exact:
+            block = JointOperator(block, hessian_pass.joint.process_group)
         features = len(parameters[0])
         count = min(getattr(self, "sub_blocks", 1), features)
         if count > 1:
@@ -583,6 +786,7 @@ class HBPModule(nn.Module):
                 f"backward_hessian() of {self} before loss.backward(). Call "
                 "loss.backward() first (without create_graph)."
             )
+        record.require_wide_state(self)
         record.require_same_state(self)
         if record.accumulated:
             raise RuntimeError(
@@ -612,8 +816,8 @@ class HBPModule(nn.Module):
         dtype, device = record.kind
         if (hessian.dtype, hessian.device) != (dtype, device):
             raise ValueError(
-                f"output_hessian is {hessian.dtype} on {hessian.device}, but the "
-                f"output of {self} is {dtype} on {device}. Convert it with .to(...)."
+                f"output_hessian is {hessian.dtype} on {hessian.device}, but that of "
+                f"{self} must be {dtype} on {device}. Convert it with .to(...)."
             )
 
 
@@ -621,11 +825,6 @@ def describe_blocks(layer: Any) -> str:
     """What ``set_hbp_blocks`` chose, for ``extra_repr``; nothing by default."""
     split = "" if layer.sub_blocks == 1 else f", sub_blocks: {layer.sub_blocks}"
     return split + (", joint_bias: True" if layer.joint_bias else "")
-
-
-def mean_over_batch(values: Tensor) -> Tensor:
-    """E_n of values, [N, ...] → [features]."""
-    return sum_over_batch(values.flatten(1)) / len(values)
 
 
 def sum_over_batch(values: Tensor) -> Tensor:
@@ -639,9 +838,21 @@ def _give_hessian(parameter: Tensor | None) -> None:
         vars(parameter).setdefault("hessian", None)
 
 
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether a ``torch.func`` transform made the tensor; torch has no public test."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+def _is_traced(output: Tensor) -> bool:
+    """Whether a layer's output is a stand-in, of which nothing is to be remembered.
+
+    ``torch.fx`` passes proxies, ``torch.export`` tensors without values (it runs this
+    function itself; in a compiled model nobody compiles it). What ``torch.func``
+    wraps is known by no public test.
+    """
+    if not isinstance(output, Tensor) or torch.compiler.is_compiling():
+        return True
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(output))
+
+
+def _samples_of(operator: SymmetricOperator) -> int | None:
+    """N if there is a matrix for each sample; then curvature is exact."""
+    return len(operator.blocks) if isinstance(operator, SampleBlocks) else None
 
 
 def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
@@ -658,11 +869,8 @@ def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
             f"output_hessian is a {type(hessian).__name__}; pass a [C, C] tensor, as "
             "from batch_summed_hessian(loss, outputs), or an operator."
         )
+    require_floats("output_hessian", hessian)
     matrix = hessian.detach()
-    if not matrix.is_floating_point():
-        raise ValueError(
-            f"output_hessian is {matrix.dtype}; it must be of the outputs' dtype."
-        )
     if matrix.dim() not in (2, 3) or matrix.shape[-2] != matrix.shape[-1]:
         raise ValueError(
             f"output_hessian has shape {list(matrix.shape)}; for C output features it "

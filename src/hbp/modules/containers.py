@@ -41,6 +41,15 @@ class HBPSequential(HBPModule, nn.Sequential):
             hessian = module._send_back(hessian, hessian_pass, further)
         return hessian if compute_input_hessian else None
 
+    def _collect(self, hessian_pass: HessianPass, compute_input_hessian: bool) -> None:
+        children = self._checked_children()
+        while children:
+            module = children.pop()
+            further = compute_input_hessian or _is_trainable(children)
+            module._collect(hessian_pass, further)
+            if not further:
+                break
+
     def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         """The product of the children's Jacobians."""
         maps = [child._jacobian(hessian_pass) for child in self._checked_children()]
@@ -137,6 +146,15 @@ class HBPResidual(HBPModule):
         if not compute_input_hessian:
             return None
         return self._input_hessian(output_hessian, hessian_pass)
+
+    def _collect(self, hessian_pass: HessianPass, compute_input_hessian: bool) -> None:
+        _check_distinct(self)
+        self._check_pass()
+        for path in self._paths:
+            if compute_input_hessian or _is_trainable([path]):
+                path._collect(hessian_pass, compute_input_hessian)
+        if compute_input_hessian:
+            self._jacobians(hessian_pass)
 
     @property
     def _paths(self) -> list[HBPModule]:

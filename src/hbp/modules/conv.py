@@ -15,7 +15,6 @@ from hbp.modules.base import (
     HBPModule,
     HessianPass,
     describe_blocks,
-    mean_over_batch,
 )
 
 
@@ -205,7 +204,7 @@ class ConvolutionRule(HBPModule):
         record = self.last_record
         x, shape = record.kept, record.output_shape[1:]
         if not hessian_pass.is_exact:
-            x = mean_over_batch(x).reshape(1, *x.shape[1:])
+            x = hessian_pass.mean(x).reshape(1, *x.shape[1:])
         hessian_pass.finite(x, "input", self)
         weight = self.weight.shape
         yield self.weight, ConvolutionWeightMap(Convolution(self), x, weight, shape)

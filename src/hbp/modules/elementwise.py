@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hbp.maps import DiagonalMap, LinearMap
 from hbp.modules.base import HBPModule, HessianPass
-from hbp.operators import DenseOperator, SymmetricOperator
+from hbp.operators import DenseOperator, SymmetricOperator, fits_dense
 
 Function = Callable[[Tensor], Tensor]
 
@@ -71,19 +71,32 @@ class ElementwiseRule(HBPModule):
         averages = hessian_pass.is_exact or self.average_input_jacobian
         if averages or not output_hessian.fits:
             return super()._input_hessian(output_hessian, hessian_pass)
-        slopes = self._slopes(hessian_pass).flatten(1)
-        products = slopes.T @ slopes / len(slopes)
+        products = self._mean_products(hessian_pass)
         hessian_pass.finite(products, "derivative", self)
         matrix = products.mul_(output_hessian.to_dense())
-        second_order = self.second_order(hessian_pass)
+        second_order = self._read_second_order(hessian_pass)
         if second_order is not None:
             matrix.diagonal().add_(second_order)
         return DenseOperator(matrix)
 
+    def _mean_products(self, hessian_pass: HessianPass) -> Tensor:
+        """E[φ'φ'ᵀ], [features, features]."""
+        slopes = self._slopes(hessian_pass).flatten(1)
+        hessian_pass = hessian_pass.reading(self, "mean_products")
+        return hessian_pass.mean_of_sum(slopes.T @ slopes, len(slopes))
+
+    def _collect_jacobian(self, hessian_pass: HessianPass) -> None:
+        record = self.last_record
+        size, dtype = record.input_shape[1:].numel() ** 2, record.kind[0]
+        if not self.average_input_jacobian and fits_dense(size * dtype.itemsize):
+            self._mean_products(hessian_pass)
+        else:
+            super()._collect_jacobian(hessian_pass)
+
     def _slopes(self, hessian_pass: HessianPass) -> Tensor:
         """φ' of every entry, [N, ...]."""
-        kept = self.last_record.kept
-        return hessian_pass.once(self, lambda: self.first_derivative(kept))
+        record = self.last_record
+        return hessian_pass.once(record, lambda: self.first_derivative(record.kept))
 
     def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
         mean = hessian_pass.mean(self._slopes(hessian_pass))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from hbp.maps import DerivativeMap, JacobianMap, LinearMap, Watched
-from hbp.modules.base import HBPModule, HessianPass, mean_over_batch
+from hbp.modules.base import HBPModule, HessianPass
 from hbp.operators import (
     OperatorSum,
     SampleBlocks,
@@ -58,7 +58,7 @@ class BilinearRule(HBPModule):
         record = self.last_record
         x = record.kept
         if not hessian_pass.is_exact:
-            x = mean_over_batch(x).reshape(1, *x.shape[1:])
+            x = hessian_pass.mean(x).reshape(1, *x.shape[1:])
         hessian_pass.finite(x, "input", self)
         inputs = Watched(x, "An input")
         out_size = record.output_shape[1:].numel() * hessian_pass.samples
@@ -135,8 +135,14 @@ class GeneralRule(HBPModule):
         x = self.last_record.kept
         jacobians = vmap(jacrev(self._of_one))(x).flatten(2)
         if not hessian_pass.is_exact:
-            jacobians = jacobians.mean(0, keepdim=True)
+            mean = hessian_pass.mean(jacobians)
+            jacobians = mean.reshape(1, *jacobians.shape[1:])
         return JacobianMap(hessian_pass.finite(jacobians, "derivative", self))
+
+    def _collect_jacobian(self, hessian_pass: HessianPass) -> None:
+        super()._collect_jacobian(hessian_pass)
+        if hessian_pass.treatment is not None:
+            self._second_order_blocks(hessian_pass)
 
     def _second_order_blocks(self, hessian_pass: HessianPass) -> Tensor:
         """mod(Σ_k ∇²z_k δ_k) of every sample, or of their sum, [samples, F, F]."""
@@ -156,7 +162,8 @@ class GeneralRule(HBPModule):
         blocks = vmap(jacrev(jacrev(projected)))(x, delta.flatten(1))
         blocks = blocks.reshape(-1, features, features)
         if not hessian_pass.is_exact:
-            blocks = blocks.sum(0, keepdim=True)
+            total = hessian_pass.reading(self, "second_order").total(blocks)
+            blocks = total.reshape(1, features, features)
         hessian_pass.finite(blocks, "second-order term", self)
         assert hessian_pass.treatment is not None
         # The pass will say what is not finite; eigh would raise an error of its own.

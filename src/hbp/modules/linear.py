@@ -7,13 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from hbp.distributed import Factor
 from hbp.maps import BiasMap, DenseSampleMap, LinearMap, LinearWeightMap, MatrixMap
-from hbp.modules.base import (
-    HBPModule,
-    HessianPass,
-    describe_blocks,
-    mean_over_batch,
-)
+from hbp.modules.base import HBPModule, HessianPass, describe_blocks
 from hbp.operators import KroneckerBlock, SymmetricOperator
 
 
@@ -62,25 +58,35 @@ class HBPLinear(HBPModule, nn.Linear):
         if hessian_pass.is_exact:
             super()._parameter_hessians(output_hessian, hessian_pass)
             return
-        parameters = [p for p in (self.weight, self.bias) if p is not None]
-        trained = [p for p in parameters if p.requires_grad]
+        trained = self._trained
         joint = self.joint_bias and len(trained) == 2
         for parameter in trained[:1] if joint else trained:
             if parameter is self.bias:
                 self._leave((parameter,), output_hessian, hessian_pass)
                 continue
-            block = self._weight_block(output_hessian, joint)
-            hessian_pass.finite(block.rows, "input", self)
+            factor = self._inner_factor(hessian_pass)
+            hessian_pass.finite(factor.rows, "input", self)
+            block = KroneckerBlock(output_hessian, *factor)
             self._leave(trained if joint else (parameter,), block, hessian_pass)
 
-    def _weight_block(self, outer: SymmetricOperator, joint: bool) -> KroneckerBlock:
-        """H̄ ⊗ x̄x̄ᵀ or H̄ ⊗ E[xxᵀ], which reads x and is told of δ; or with [x; 1]."""
+    @property
+    def _trained(self) -> list[Tensor]:
+        parameters = [p for p in (self.weight, self.bias) if p is not None]
+        return [p for p in parameters if p.requires_grad]
+
+    def _inner_factor(self, hessian_pass: HessianPass) -> Factor:
+        """x̄, or rows that make E[xxᵀ] and what is known of δ; of [x; 1] if joint."""
+        hessian_pass = hessian_pass.reading(self, "inner_factor")
         x, delta = self.last_record.kept, self.last_record.output_gradient
-        if joint:
+        if self.joint_bias and len(self._trained) == 2:
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         if self.average_parameter_jacobian:
-            return KroneckerBlock(outer, mean_over_batch(x).unsqueeze(0))
-        return KroneckerBlock(outer, x, 1 / len(x), delta)
+            return Factor(hessian_pass.mean(x).unsqueeze(0), 1.0, None)
+        return hessian_pass.factor(x, delta)
+
+    def _collect_parameters(self, hessian_pass: HessianPass) -> None:
+        if self.weight.requires_grad:
+            self._inner_factor(hessian_pass)
 
     def _check_pass(self) -> None:
         super()._check_pass()

@@ -87,7 +87,7 @@ class MaxPoolRule(HBPModule):
         return index.flatten(2)
 
     def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
-        chosen = hessian_pass.once(self, self._chosen)
+        chosen = hessian_pass.once(self.last_record, self._chosen)
         x = self.last_record.kept
         samples, channels, _ = chosen.shape
         plane = x[0, 0].numel()
@@ -97,7 +97,8 @@ class MaxPoolRule(HBPModule):
             ones = x.new_ones(picks.numel(), 1)
             return SelectionMap(picks.reshape(-1, 1), ones, x.numel())
         windows = self._windows(x.device)
-        share = self._counts(chosen, windows).to(x.dtype) / samples
+        counts = self._counts(chosen, windows).to(x.dtype)
+        share = hessian_pass.mean_of_sum(counts, samples)
         index = windows.clamp(min=0) + starts[:channels].reshape(-1, 1, 1)
         return SelectionMap(index.flatten(0, 1), share.flatten(0, 1), x[0].numel())
 

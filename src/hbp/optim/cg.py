@@ -8,11 +8,13 @@ the *products* with A, and the result says what happened.
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from hbp.checks import is_number, require_floats
+from hbp.precision import full_precision, is_narrow
 
 
 class SupportsProduct(Protocol):
@@ -47,12 +49,12 @@ def check_cg_options(
     tol: float, atol: float, maxiter: int | None, prefix: str = ""
 ) -> None:
     """Raise ValueError naming the first of the options that is unusable."""
-    if not (isinstance(tol, Real) and tol > 0):
+    if not (is_number(tol) and tol > 0):
         raise ValueError(
             f"{prefix}tol={tol!r} must be positive: the solver stops at a residual of "
             "tol·‖b‖. Use 1e-5 for an accurate solve, 0.1 for a cheap one."
         )
-    if not (isinstance(atol, Real) and atol >= 0):
+    if not (is_number(atol) and atol >= 0):
         raise ValueError(
             f"{prefix}atol={atol!r} must not be negative. Use 0.0 to stop by "
             f"{prefix}tol alone."
@@ -67,8 +69,8 @@ def check_cg_options(
 
 def check_trust_radius(radius: float | None) -> None:
     """Raise ValueError if the trust radius is unusable."""
-    is_number = isinstance(radius, Real) and not isinstance(radius, bool)
-    if radius is not None and not (is_number and 0 < float(radius) < math.inf):
+    is_real = is_number(radius) and not isinstance(radius, bool)
+    if radius is not None and not (is_real and 0 < float(radius) < math.inf):
         raise ValueError(
             f"trust_radius={radius!r} must be a positive finite number: it bounds the "
             "norm of the solution. Use None for no bound."
@@ -89,6 +91,7 @@ def to_boundary(x: Tensor, p: Tensor, radius: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
+@full_precision()
 def cg(
     A: SupportsProduct,
     b: Tensor,
@@ -123,7 +126,8 @@ def cg(
         The last iterate and what happened, see ``CGResult``.
 
     Raises:
-        ValueError: an option is out of range, or shapes do not fit.
+        TypeError: A has no product, or b or x0 is no tensor.
+        ValueError: an option is out of range, or shapes, dtypes or devices do not fit.
         ArithmeticError: b, x0 or a product contains NaN or infinity.
     """
     check_cg_options(tol, atol, maxiter)
@@ -178,10 +182,13 @@ def cg(
 
 
 def _check_shapes(A: SupportsProduct, b: Tensor) -> None:
-    if b.dim() != 1 or b.numel() == 0 or not b.is_floating_point():
+    require_floats("b", b)
+    if b.dim() != 1 or b.numel() == 0:
+        raise ValueError(f"b must be a vector [n], got shape {list(b.shape)}.")
+    if is_narrow(b.dtype):
         raise ValueError(
-            f"b must be a floating-point vector [n], got shape {list(b.shape)} of "
-            f"{b.dtype}."
+            f"b is {b.dtype}, too coarse for conjugate gradients. Convert A and b with "
+            ".float()."
         )
     shape = tuple(getattr(A, "shape", (len(b), len(b))))
     if shape != (len(b), len(b)):
@@ -189,9 +196,21 @@ def _check_shapes(A: SupportsProduct, b: Tensor) -> None:
             f"A has shape {list(shape)}, but b has {len(b)} entries: "
             f"[{len(b)}, {len(b)}] is needed."
         )
+    if not hasattr(type(A), "__matmul__"):
+        raise TypeError(
+            f"A is a {type(A).__name__}, which has no product A @ v. Wrap a function "
+            "as hbp.operators.MatrixFree(...)."
+        )
+    kind = getattr(A, "dtype", b.dtype), getattr(A, "device", b.device)
+    if kind != (b.dtype, b.device):
+        raise ValueError(
+            f"A is {kind[0]} on {kind[1]}, but b is {b.dtype} on {b.device}. Convert "
+            "one with .to(...)."
+        )
 
 
 def _check_start(x0: Tensor, b: Tensor) -> None:
+    require_floats("x0", x0)
     if x0.shape != b.shape or x0.dtype != b.dtype or x0.device != b.device:
         raise ValueError(
             f"x0 is {list(x0.shape)}, {x0.dtype} on {x0.device}; it must match b: "

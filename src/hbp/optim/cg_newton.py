@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Real
 from typing import Any, Final, Literal, NamedTuple, overload
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hbp.blocks import JointBlock, JointPart
+from hbp.checks import is_number
 from hbp.operators import (
     MatrixFree,
     SymmetricOperator,
@@ -24,6 +24,7 @@ from hbp.operators import (
 )
 from hbp.optim.cg import check_cg_options, check_trust_radius
 from hbp.optim.lockstep import CHECK_EVERY, Damped, cg_lockstep
+from hbp.precision import full_precision
 
 LOCKSTEP_UNKNOWNS: Final = 2**12
 """Systems of more unknowns are solved one by one: they gain nothing from company.
@@ -178,18 +179,22 @@ class CGNewton(torch.optim.Optimizer):
         Raises:
             RuntimeError: there is no gradient at all, or a parameter has a gradient
                 but no curvature.
-            ArithmeticError: loss, gradient or curvature has NaN or infinity, or the
-                system is singular. No parameter has changed then.
+            ArithmeticError: loss, gradient or curvature has NaN or infinity, the
+                system is singular, or a parameter would be too large for its dtype.
+                No parameter has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
             _check_loss(loss)
-        systems = self._systems()
-        solutions = _solve(systems)
-        for system in systems:
-            system.apply(solutions[system][0])
+        with full_precision():
+            systems = self._systems()
+            solutions = _solve(systems)
+            for system in systems:
+                system.require_room(*solutions[system])
+            for system in systems:
+                system.apply(solutions[system][0])
         self.last_step = {p: solutions[s][1] for s in systems for p in s.parameters}
         return loss
 
@@ -361,15 +366,16 @@ class _System:
         curvature = facts.descent - facts.overlap
         undamped = math.nan
         if alpha < 1:
-            undamped = (curvature - alpha * facts.step_norm**2) / (1 - alpha)
+            square = facts.step_norm * facts.step_norm  # ** raises where it overflows
+            undamped = (curvature - alpha * square) / (1 - alpha)
         return StepInfo(
             int(facts.iterations),
             facts.residual_norm,
             bool(facts.converged),
             bool(facts.negative_curvature),
             facts.step_norm,
-            (lr - lr**2 / 2) * facts.descent + lr**2 / 2 * facts.overlap,
-            lr * facts.descent - lr**2 / 2 * undamped,
+            (lr - lr * lr / 2) * facts.descent + lr * lr / 2 * facts.overlap,
+            lr * facts.descent - lr * lr / 2 * undamped,
             bool(facts.on_boundary),
         )
 
@@ -381,7 +387,9 @@ class _System:
             return f"{self.name}: {singular_message(self.options['alpha'])}"
         return (
             f"the direction for {self.name} has NaN or infinity. Is its curvature "
-            "finite?"
+            f"finite? If it is singular, alpha={self.options['alpha']} may be too "
+            "small; a trust_radius bounds the direction. Of a gradient above 1e19, "
+            "float32 has no square: scale the loss, or use .double()."
         )
 
     def join(self, solutions: Sequence[Tensor]) -> list[Tensor]:
@@ -397,14 +405,40 @@ class _System:
         if self._joint is None and first.is_contiguous():
             self._add_to(first.view(-1), coordinates)
             return
+        for p, change in zip(self.parameters, self._changes(coordinates), strict=True):
+            p.add_(change)
+
+    def require_room(self, coordinates: Sequence[Tensor], info: StepInfo) -> None:
+        """Raise ArithmeticError if a parameter would leave the range of its dtype.
+
+        What is below half a unit in the last place of the largest number makes no
+        finite number infinite. Only a longer step is tried.
+        """
+        limits = torch.finfo(self.parameters[0].dtype)
+        lr = self.options["lr"]
+        if max(lr, 1.0) * info.step_norm <= limits.max * limits.eps / 4:
+            return
+        if lr <= limits.max:
+            pairs = zip(self.parameters, self._changes(coordinates), strict=True)
+            if all(bool((p + change).isfinite().all()) for p, change in pairs):
+                return
+        raise ArithmeticError(
+            f"No step was taken; {self.name} would be too large for {limits.dtype} "
+            f"after a step of norm {info.step_norm:.3g} at lr={lr!r}. Use a smaller lr "
+            "or a larger alpha, or check the scale of the loss."
+        )
+
+    def _changes(self, coordinates: Sequence[Tensor]) -> list[Tensor]:
+        """-lr·d for the d with these coordinates, by parameter."""
+        first = self.parameters[0]
         size = sum(p.numel() for p in self.parameters)
         step = first.new_zeros(size)
         self._add_to(step, coordinates)
         steps = [step.unsqueeze(1)]
         if self._joint is not None:
             steps = list(self._joint.scatter(step.unsqueeze(1)))
-        for p, own in zip(self.parameters, steps, strict=True):
-            p.add_(own.reshape(p.shape))
+        pairs = zip(self.parameters, steps, strict=True)
+        return [own.reshape(p.shape) for p, own in pairs]
 
     def _add_to(self, target: Tensor, coordinates: Sequence[Tensor]) -> None:
         sizes = [reduction.size for reduction in self.reductions]
@@ -518,15 +552,20 @@ def _factorise(group: Sequence[_System]) -> tuple[Sequence[Tensor], Sequence[Ten
             k = operator.shape[0]
             operator.add_product(residual[:k, None], d[:k, None], 1 - alpha)
             directions.append(d)
-            norms.append(torch.linalg.vector_norm(residual))
-            sizes.append(torch.linalg.vector_norm(d))
-            descents.append(d @ rhs)
+            norms.append(_norm(residual))
+            sizes.append(_norm(d))
+            descents.append(d.double() @ rhs.double())
             margins.append(margin)
     zero = torch.zeros_like(torch.stack(margins))
     stacked = map(torch.stack, (sizes, descents))
     unbounded = [zero, zero]
     facts = [zero, torch.stack(norms), zero + 1, zero, *stacked, *unbounded]
     return directions, [*facts, torch.stack(margins)]
+
+
+def _norm(vector: Tensor) -> Tensor:
+    """Its squares over- or underflow in float32 where the vector does not."""
+    return torch.linalg.vector_norm(vector, dtype=torch.float64)
 
 
 def _read(facts: Sequence[Tensor]) -> list[Facts]:
@@ -548,13 +587,16 @@ def _check_loss(loss: object) -> None:
 
 def _check_options(options: dict[str, Any]) -> None:
     lr = options["lr"]
-    if not (isinstance(lr, Real) and 0 <= float(lr) < math.inf):
+    if not (is_number(lr) and 0 <= float(lr) < math.inf):
         raise ValueError(f"lr={lr!r} must be a finite number that is not negative.")
     check_alpha(options["alpha"])
     check_cg_options(
         options["cg_tol"], options["cg_atol"], options["cg_maxiter"], prefix="cg_"
     )
-    if options["solver"] not in ("cg", "direct"):
+    # An array has no truth value; a comparison must not answer with its own error.
+    if not isinstance(options["solver"], str) or (
+        options["solver"] not in ("cg", "direct")
+    ):
         raise ValueError(
             f"solver={options['solver']!r} is unknown. Choose 'cg' (inexact, conjugate "
             "gradients) or 'direct' (factorisation)."

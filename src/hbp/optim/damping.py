@@ -7,6 +7,7 @@ from typing import Final
 
 from torch import Tensor
 
+from hbp.checks import is_number
 from hbp.optim.cg_newton import CGNewton
 
 RESOLUTION: Final = 1e-6
@@ -41,6 +42,7 @@ class LevenbergMarquardt:
             α could never come down again.
 
     Raises:
+        TypeError: ``optimizer`` is no ``CGNewton``.
         ValueError: an option, or the α of a group, is out of its range.
     """
 
@@ -51,9 +53,14 @@ class LevenbergMarquardt:
         min_alpha: float = 1e-6,
         max_alpha: float = 0.99,
     ) -> None:
-        if not 1 < factor < math.inf:
+        if not isinstance(optimizer, CGNewton):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}; it must be a CGNewton."
+            )
+        if not (is_number(factor) and 1 < factor < math.inf):
             raise ValueError(f"factor={factor!r} must be above 1. Use 1.5.")
-        if not 0 < min_alpha <= max_alpha < 1:
+        bounds = is_number(min_alpha) and is_number(max_alpha)
+        if not (bounds and 0 < min_alpha <= max_alpha < 1):
             raise ValueError(
                 f"min_alpha={min_alpha!r} and max_alpha={max_alpha!r} must satisfy "
                 "0 < min_alpha ≤ max_alpha < 1. Use 1e-6 and 0.99."
@@ -83,9 +90,12 @@ class LevenbergMarquardt:
 
         Raises:
             RuntimeError: the optimizer has not stepped yet.
-            ValueError: loss_before is not finite, or a step was taken at α = 1.
+            TypeError: a loss is no number.
+            ValueError: loss_before is not finite, or a step was taken at α = 1, or was
+                too large to judge.
         """
-        before, after = float(loss_before), float(loss_after)
+        before = _loss("loss_before", loss_before)
+        after = _loss("loss_after", loss_after)
         predicted = self._predicted()
         if not math.isfinite(before):
             raise ValueError(
@@ -109,15 +119,30 @@ class LevenbergMarquardt:
                 "There is no step to judge. Call optimizer.step() before step()."
             )
         predicted = sum(info.undamped_decrease for info in steps.values())
-        if math.isnan(predicted):
-            raise ValueError(
-                "The last step was taken at alpha=1, where it tells nothing of H. "
-                f"Keep alpha at or below max_alpha={self.max_alpha!r}."
-            )
-        return predicted
+        if math.isfinite(predicted):
+            return predicted
+        raise ValueError(
+            f"The last step foretells a decrease of {predicted}. If it was taken at "
+            "alpha=1, it tells nothing of H: keep alpha at or below max_alpha="
+            f"{self.max_alpha!r}. Otherwise scale the loss: its numbers are too large."
+        )
 
     def _scale(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             damping = factor * group["alpha"] / (1 - group["alpha"])
             alpha = damping / (1 + damping)
             group["alpha"] = min(max(alpha, self.min_alpha), self.max_alpha)
+
+
+def _loss(name: str, value: object) -> float:
+    is_scalar = (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and not (value.is_complex() or value.is_meta)
+    )
+    if not (is_scalar or is_number(value)):
+        raise TypeError(
+            f"{name} is a {type(value).__name__} that is no number. Pass the loss, as "
+            "a scalar tensor or a float."
+        )
+    return float(value)  # type: ignore[arg-type]  # It is one of the two.

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from hbp.distributed import JointOperator, add_joint_products
 from hbp.operators import SymmetricOperator
 from hbp.optim.cg import to_boundary
 
@@ -55,7 +56,8 @@ class Damped(NamedTuple):
     @property
     def budget(self) -> int:
         """At most this many products."""
-        return 10 * len(self.b) if self.maxiter is None else self.maxiter
+        # Beyond that, no float tells one count from the next.
+        return 10 * len(self.b) if self.maxiter is None else min(self.maxiter, 2**53)
 
 
 class LockstepResult(NamedTuple):
@@ -150,16 +152,18 @@ def cg_lockstep(
     if region is not None:
         left = region.left
         bent = torch.where(left, region.bent, bent)
-        overlap = torch.where(left, _dot(x, r), zero) * unit * unit
+        overlap = torch.where(left, _dot(x, r), zero)
+    # A float32 x can be large or small enough for its square to have no number.
+    wide, norm = unit.double(), torch.linalg.vector_norm
     per_system = (
         iterations,
         rr.sqrt() * unit,
         converged,
         bent,
-        _dot(x, x).sqrt() * unit,
-        _dot(x, b / unit) * unit * unit,
+        norm(x, dim=1, keepdim=True, dtype=wide.dtype) * wide,
+        _dot(x, b / unit) * wide * wide,
         left,
-        overlap,
+        overlap * wide * wide,
     )
     return LockstepResult(x * unit, *(values.squeeze(1) for values in per_system))
 
@@ -211,10 +215,16 @@ def _multiplier(
 
     def multiply(running: Sequence[bool]) -> None:
         torch.mul(p, alpha, out=Ap)
+        joint: list[tuple[JointOperator, Tensor, Tensor, float]] = []
         for part, is_running in zip(parts, running, strict=True):
-            if is_running:
-                operator, Ap_row, p_row, weight = part
+            operator, Ap_row, p_row, weight = part
+            if not is_running:
+                continue
+            if isinstance(operator, JointOperator):
+                joint.append((operator, Ap_row, p_row, weight))
+            else:
                 operator.add_product(Ap_row, p_row, weight)
+        add_joint_products(joint)
 
     return multiply
 
