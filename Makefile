@@ -28,7 +28,7 @@ CORE := behaviour blocks cg cg_newton convert datasets errors exact layers losse
 .DEFAULT_GOAL := help
 .PHONY: help setup tutorials test oldest unit $(COMPARED) tutorials-official \
         execute time sync docs serve lint \
-        bench bench-accuracy bench-paper bench-convolution wheel check-dist colab \
+        bench bench-accuracy bench-paper bench-convolution bench-tested wheel check-dist colab \
         browser constraints clean
 
 help:  ## list the targets
@@ -116,6 +116,12 @@ bench-paper: $(READY)  ## train with the settings of the paper, half an hour
 
 bench-convolution: $(READY)  ## the recorded run of tutorial 05, a quarter of an hour
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.convolution_training
+
+bench-tested: $(READY)  ## the tables of "What is tested, and how", ten minutes
+	mkdir -p build docs/assets/measured
+	for name in precision joint endurance; do \
+	  PYTHONPATH=tests $(BIN)/python -m benchmarks.$$name > build/$$name.md && \
+	  mv build/$$name.md docs/assets/measured || exit 1; done
 
 # The pinned hatchling: the same commit gives the same bytes, today and next year.
 wheel: $(READY)  ## build the source distribution and the wheel into dist

@@ -420,8 +420,8 @@ def test_a_step_solves_its_system(fault: str) -> None:
 
     d is read off the parameters, which round it. Beyond round-off of that and of the
     products, in units of eps·(‖C‖(‖d‖ + ‖θ‖) + ‖g‖), the residual of a converged step
-    was at most 23 of these above the one reported, over all faults and settings of the
-    sigmoid network in float64.
+    was at most 23 of these above the one reported: in float64, over all faults of the
+    sigmoid network, with the treatments "none" and "abs".
     """
     for _, network, start in cases([fault]):
         for _, reading, treatment, solver, alpha in SETTINGS[start :: 2 * EVERY]:

@@ -210,19 +210,19 @@ def test_exact_products_share_their_messages(found: list[Found]) -> None:
 ELSEWHERE = "RuntimeError: backward_hessian() failed in process 1 of the group"
 
 
-@pytest.mark.parametrize(
-    ("fault", "own", "elsewhere"),
-    [
-        ("averaged Jacobians, statistic", "ArithmeticError: The input of", "same"),
-        ("averaged Jacobians, output Hessian", "ValueError: output_hessian", ELSEWHERE),
-        ("averaged Jacobians, no backward", "RuntimeError: backward_hess", ELSEWHERE),
-        ("averaged Jacobians, frozen", "RuntimeError: The processes do not", "same"),
-        ("exact, statistic", "ArithmeticError: The input of", ELSEWHERE),
-        ("exact, output Hessian", "ValueError: output_hessian", ELSEWHERE),
-        ("exact, no backward", "RuntimeError: backward_hess", ELSEWHERE),
-        ("exact, frozen", "RuntimeError: The processes do not", "same"),
-    ],
-)
+FAULTS = [
+    ("averaged Jacobians, statistic", "ArithmeticError: The input of", "same"),
+    ("averaged Jacobians, output Hessian", "ValueError: output_hessian", ELSEWHERE),
+    ("averaged Jacobians, no backward", "RuntimeError: backward_hess", ELSEWHERE),
+    ("averaged Jacobians, frozen", "RuntimeError: The processes do not", "same"),
+    ("exact, statistic", "ArithmeticError: The input of", ELSEWHERE),
+    ("exact, output Hessian", "ValueError: output_hessian", ELSEWHERE),
+    ("exact, no backward", "RuntimeError: backward_hess", ELSEWHERE),
+    ("exact, frozen", "RuntimeError: The processes do not", "same"),
+]
+
+
+@pytest.mark.parametrize(("fault", "own", "elsewhere"), FAULTS)
 def test_trouble_in_one_process_is_an_error_in_all(
     found: list[Found], fault: str, own: str, elsewhere: str
 ) -> None:
@@ -264,6 +264,19 @@ def test_without_a_process_group() -> None:
     for action in [lambda: joint_weight(3), lambda: average([torch.ones(2)])]:
         with pytest.raises(RuntimeError, match="init_process_group"):
             action()
+
+
+@pytest.mark.parametrize("group", [-100, "world", 3])
+def test_what_is_no_process_group(world_of_one: Any, group: Any) -> None:
+    model, (inputs, labels) = small_net(), small_batch()
+    loss = cross_entropy(outputs := model(inputs), labels)
+    hessian = hbp.batch_summed_hessian(loss, outputs)
+    loss.backward()
+    with pytest.raises(TypeError, match="no group of which this process is a member"):
+        model.backward_hessian(hessian, process_group=group)
+    with pytest.raises(TypeError, match="output_hessian is a str"):
+        model.backward_hessian("H", process_group=world_of_one)
+    assert all(p.hessian is None for p in model.parameters())
 
 
 def test_large_tensors_travel_alone_and_small_ones_together(

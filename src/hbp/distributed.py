@@ -186,6 +186,10 @@ class JointBatch:
         process_group: Those that share the batch.
         device: Where the statistics are.
 
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialised.
+        TypeError: ``process_group`` is none, or this process does not belong to it.
+
     Attributes:
         count: N_r, how many samples this process has; the layers set it.
         product_entries: How many numbers the products of all parameters have, where
@@ -193,6 +197,13 @@ class JointBatch:
     """
 
     def __init__(self, process_group: ProcessGroup, device: torch.device) -> None:
+        require_initialised()
+        if not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group={process_group!r} is no group of which this process "
+                "is a member. Use torch.distributed.group.WORLD, or let only its "
+                "members call."
+            )
         self.process_group = process_group
         self.count = 0
         self.product_entries = 0

@@ -2,6 +2,8 @@
 
     PYTHONPATH=tests python -m benchmarks.endurance [--steps 10000]
 
+It takes some minutes.
+
 A small network with a convolution and a residual connection is trained with one way of
 computing steps after another. After 100 steps, and each time there are ten times as
 many, it says how much memory the process has, and how many tensors and other objects
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import time
 from dataclasses import dataclass, fields
 from itertools import cycle
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hbp import (
     CGNewton,
@@ -175,6 +177,8 @@ def census() -> Census:
     objects = gc.get_objects()
     # Not isinstance: it asks objects for their class, and some warn when asked.
     tensors = [thing for thing in objects if issubclass(type(thing), Tensor)]
+    # Others in this process may have none that is dense, or none yet.
+    tensors = [t for t in tensors if not is_lazy(t) and t.layout == torch.strided]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     size = sum(storage.nbytes() for storage in storages.values())
     return Census(len(tensors), size, len(objects), resident)
@@ -192,15 +196,16 @@ def main() -> None:
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
     training, done, wanted = Training(), 0, 100
-    start = time.perf_counter()
-    print("  steps  resident  tensors     bytes   objects  seconds")
+    print("| steps | memory, MiB | tensors | their bytes | objects of Python |")
+    print("|---:|---:|---:|---:|---:|")
     while done < steps:
         training.run(min(wanted, steps) - done)
         done = min(wanted, steps)
         now = census()
         print(
-            f"{done:7,} {now.resident / 2**20:6.1f} MiB {now.tensors:8} "
-            f"{now.tensor_bytes:9,} {now.objects:9,} {time.perf_counter() - start:8.0f}"
+            f"| {done:,} | {now.resident / 2**20:.1f} | {now.tensors} "
+            f"| {now.tensor_bytes:,} | {now.objects:,} |",
+            flush=True,
         )
         wanted *= 10
 

@@ -65,8 +65,11 @@ def main() -> None:
         dist.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
         timings = summary(alternate(steps, images, labels, rounds=15, budget=60))
         dist.destroy_process_group()
-    for name, timing in timings.items():
-        print(f"{name:42} {1000 * timing.seconds:7.1f} ms {timing.times_sgd:6.2f}")
+    print("| scheme | alone | shared |")
+    print("|---|---:|---:|")
+    for name in SCHEMES:
+        alone, shared = (timings[f"{name}, {how}"] for how in ("alone", "shared"))
+        print(f"| {name} | {alone.times_sgd:.2f} | {shared.times_sgd:.2f} |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ from hbp.distributed import (
     JointBatch,
     JointOperator,
     Samples,
-    require_initialised,
 )
 from hbp.maps import ChainMap, JointMap, LinearMap, ReplicateMap
 from hbp.operators import (
@@ -50,8 +49,6 @@ from hbp.precision import full_precision, is_narrow, widened
 
 if TYPE_CHECKING:  # A torch without torch.distributed has no such name.
     from torch.distributed import ProcessGroup
-
-T = TypeVar("T")
 
 
 class HessianPass:
@@ -504,7 +501,7 @@ class HBPModule(nn.Module):
         treatment = second_order_treatment(modify_2nd_order_terms, loss_scale)
         with torch.no_grad(), full_precision():
             if process_group is not None:
-                require_initialised()
+                _require_hessian(output_hessian)
                 joint = JointBatch(process_group, output_hessian.device)
                 return self._send_back_jointly(
                     output_hessian, treatment, joint, compute_input_hessian
@@ -855,6 +852,14 @@ def _samples_of(operator: SymmetricOperator) -> int | None:
     return len(operator.blocks) if isinstance(operator, SampleBlocks) else None
 
 
+def _require_hessian(hessian: object) -> None:
+    if not isinstance(hessian, Tensor | SymmetricOperator):
+        raise TypeError(
+            f"output_hessian is a {type(hessian).__name__}; pass a [C, C] tensor, as "
+            "from batch_summed_hessian(loss, outputs), or an operator."
+        )
+
+
 def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
     """An output Hessian as an operator.
 
@@ -862,13 +867,9 @@ def as_operator(hessian: Tensor | SymmetricOperator) -> SymmetricOperator:
         TypeError: it is neither a tensor nor an operator.
         ValueError: a matrix is not square, symmetric and finite.
     """
+    _require_hessian(hessian)
     if isinstance(hessian, SymmetricOperator):
         return hessian
-    if not isinstance(hessian, Tensor):
-        raise TypeError(
-            f"output_hessian is a {type(hessian).__name__}; pass a [C, C] tensor, as "
-            "from batch_summed_hessian(loss, outputs), or an operator."
-        )
     require_floats("output_hessian", hessian)
     matrix = hessian.detach()
     if matrix.dim() not in (2, 3) or matrix.shape[-2] != matrix.shape[-1]:
