@@ -393,7 +393,9 @@ draw(deep_logs)
 
 # %% [markdown]
 # Here the curves part. SGD sits on the plateau. Adam leaves it, and
-# then learns slowly. HBP goes ahead, in epochs and in seconds.
+# then learns slowly. HBP goes ahead. Its epochs take longer, but it
+# needs fewer of them to get where Adam ends. What that comes to in
+# seconds depends on the machine.
 
 # %%
 test, train_accuracy = (
@@ -409,17 +411,20 @@ print("HBP and Adam have.")
 
 
 # %%
-def seconds_to(log, accuracy):
-    pairs = zip(log["seconds"], log["test"], strict=True)
-    return next((s for s, a in pairs if a >= accuracy), float("inf"))
+def first(log, unit, accuracy):
+    """Epochs, or seconds, until a test accuracy is reached."""
+    pairs = zip(log[unit], log["test"], strict=True)
+    return next((x for x, a in pairs if a >= accuracy), float("inf"))
 
 
 # %% tags=["nbval-ignore-output"]
 goal = max(deep_logs["Adam"]["test"])
 for name in ["HBP", "Adam"]:
-    seconds = seconds_to(deep_logs[name], goal)
+    epochs = first(deep_logs[name], "epochs", goal)
+    seconds = first(deep_logs[name], "seconds", goal)
     print(
-        f"{name} gets to Adam's best, {goal:.3f}, in {seconds:.0f} s"
+        f"{name} gets to Adam's best, {goal:.3f},",
+        f"in {epochs} epochs, {seconds:.0f} s",
     )
 
 if quick():
@@ -428,9 +433,8 @@ else:
     assert test["HBP"] > test["Adam"] + 0.03
     assert train_accuracy["HBP"] > train_accuracy["Adam"] + 0.03
     print("On CIFAR-10, HBP is well ahead of Adam,")
-    times = [seconds_to(deep_logs[k], goal) for k in ("HBP", "Adam")]
-    assert times[0] < times[1]
-    print("also by the clock.")
+    assert first(deep_logs["HBP"], "epochs", goal) <= 6
+    print("which it overtakes with epochs to spare.")
 
 # %% [markdown]
 # ## So when does it pay?
