@@ -260,6 +260,23 @@ def test_a_process_alone_is_the_whole(world_of_one: Any) -> None:
     assert values.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (torch.arange(3), ValueError),
+        (torch.ones(3).to_sparse(), ValueError),
+        (None, TypeError),
+    ],
+)
+def test_what_has_no_average(
+    world_of_one: Any, bad: Any, error: type[Exception]
+) -> None:
+    good = torch.ones(2)
+    with pytest.raises(error, match=r"tensors\[1\] is"):
+        average([good, bad])
+    assert good.tolist() == [1, 1]
+
+
 def test_without_a_process_group() -> None:
     for action in [lambda: joint_weight(3), lambda: average([torch.ones(2)])]:
         with pytest.raises(RuntimeError, match="init_process_group"):

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hbp.checks import require_floats
 from hbp.operators import SymmetricOperator, eigh_of_gram
 
 if TYPE_CHECKING:  # A torch without torch.distributed has no such name.
@@ -83,10 +84,15 @@ def average(
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised.
+        TypeError: one of them is no tensor.
+        ValueError: one of them is not of floating-point numbers, or sparse.
     """
     require_initialised()
+    own = list(tensors)
+    for index, tensor in enumerate(own):
+        require_floats(f"tensors[{index}]", tensor)
     size = dist.get_world_size(process_group)
-    _sum_over_processes([(tensor, 1 / size) for tensor in tensors], process_group)
+    _sum_over_processes([(tensor, 1 / size) for tensor in own], process_group)
 
 
 class JointOperator(SymmetricOperator):
