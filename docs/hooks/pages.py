@@ -12,8 +12,8 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.pages import Page
 
-# Names, numbers, spaces, punctuation: they can have the colour of plain code.
-PLAIN = "kc|mf|mi|n|nb|nn|o|ow|p|sa|si|w"
+# Names, numbers, strings, punctuation: they can have the colour of plain code.
+PLAIN = "kc|mf|mi|n|nb|nn|o|ow|p|s1|s2|sa|si|w"
 PLAIN_TOKEN = re.compile(rf'<span class="(?:{PLAIN})">([^<]*)</span>')
 INDENT = re.compile(r"\n\s+")
 PREFORMATTED = re.compile(r"(<(pre|textarea|script)\b.*?</\2>)", re.S)

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from hbp import (
     CGNewton,
@@ -175,10 +174,10 @@ def census() -> Census:
     gc.collect()
     resident = _resident()
     objects = gc.get_objects()
-    # Not isinstance: it asks objects for their class, and some warn when asked.
-    tensors = [thing for thing in objects if issubclass(type(thing), Tensor)]
-    # Others in this process may have none that is dense, or none yet.
-    tensors = [t for t in tensors if not is_lazy(t) and t.layout == torch.strided]
+    # Not isinstance: it asks objects for their class, and some warn when asked. Other
+    # classes, and tensors that are not dense, belong to others in this process.
+    tensors = [thing for thing in objects if type(thing) in (Tensor, nn.Parameter)]
+    tensors = [tensor for tensor in tensors if tensor.layout == torch.strided]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     size = sum(storage.nbytes() for storage in storages.values())
     return Census(len(tensors), size, len(objects), resident)
