@@ -117,9 +117,9 @@ bench-paper: $(READY)  ## train with the settings of the paper, half an hour
 bench-convolution: $(READY)  ## the recorded run of tutorial 05, a quarter of an hour
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.convolution_training
 
-bench-tested: $(READY)  ## the tables of "What is tested, and how", ten minutes
+bench-tested: $(READY)  ## the tables of "What is tested, and how", a quarter of an hour
 	mkdir -p build docs/assets/measured
-	for name in precision joint endurance; do \
+	for name in precision joint endurance suite; do \
 	  PYTHONPATH=tests $(BIN)/python -m benchmarks.$$name > build/$$name.md && \
 	  mv build/$$name.md docs/assets/measured || exit 1; done
 

@@ -19,6 +19,25 @@ EXACT = {"rtol": 1e-11, "atol": 1e-12}
 
 TREATMENTS = [None, "none", "zero", "abs", "clip"]
 SCHEMES = [(True, True), (True, False), (False, True), (False, False)]
+# Those of torch that are formulas, each with its first and second derivative.
+ACTIVATIONS = [
+    hbp.HBPSigmoid,
+    hbp.HBPTanh,
+    hbp.HBPReLU,
+    hbp.HBPLeakyReLU,
+    hbp.HBPELU,
+    hbp.HBPSELU,
+    hbp.HBPCELU,
+    hbp.HBPGELU,
+    hbp.HBPSiLU,
+    hbp.HBPMish,
+    hbp.HBPSoftplus,
+    hbp.HBPSoftsign,
+    hbp.HBPLogSigmoid,
+    hbp.HBPHardtanh,
+    hbp.HBPReLU6,
+    hbp.HBPHardswish,
+]
 
 
 def close(actual: Any, expected: Any, **tolerance: float) -> None:

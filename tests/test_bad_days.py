@@ -340,7 +340,7 @@ def inspections(model: nn.Module) -> Iterator[Callable[[], Any]]:
     """Every question of ``hbp.inspection``."""
     yield lambda: hbp.inspect_curvature(model, 0.1)
     for p in trained(model):
-        block: SymmetricOperator = p.hessian  # type: ignore[attr-defined]
+        block: SymmetricOperator = p.hessian
         yield lambda block=block: hbp.extremal_eigenvalues(block)
         yield lambda block=block: hbp.condition_number(block, 0.0)
         yield lambda block=block: hbp.estimate_trace(block, 6)
@@ -398,7 +398,7 @@ def systems(model: nn.Module) -> list[tuple[list[nn.Parameter], Tensor]]:
     """Parameters that are solved for together, and their H as a dense matrix."""
     found: dict[object, tuple[list[nn.Parameter], Tensor]] = {}
     for p in trained(model):
-        block: SymmetricOperator = p.hessian  # type: ignore[attr-defined]
+        block: SymmetricOperator = p.hessian
         if not isinstance(block, JointPart):
             found[p] = [p], block.to_dense()
         elif block.joint in found:

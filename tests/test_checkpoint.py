@@ -19,6 +19,7 @@ import hbp
 from hbp import checkpoint
 from hbp.checkpoint import Checkpoint
 
+FLIPS = 200
 STATE = {
     "weights": torch.arange(300.0),
     "metrics": [{"epoch": 1, "loss": 0.1, "name": "é", "best": None, "done": False}],
@@ -144,7 +145,7 @@ class TestLoad:
         """Without the checksums, 64 % of such files gave other numbers in silence."""
         checkpoint.save(path, STATE)
         whole, rng, refused = path.read_bytes(), random.Random(0), 0
-        for _ in range(200):
+        for _ in range(FLIPS):
             damaged = bytearray(whole)
             damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
             path.write_bytes(damaged)

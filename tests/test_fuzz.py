@@ -17,7 +17,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from helpers import close, randn, send_back, small_batch, small_net, spd
+from helpers import ACTIVATIONS, close, randn, send_back, small_batch, small_net, spd
 from hypothesis import HealthCheck, given, settings
 from test_bad_days import (
     DOCUMENTED,
@@ -324,22 +324,7 @@ def test_what_once_ended_in_a_foreign_error(name: str, spoiled: dict) -> None:
 # --------------------------------------------------------------------------------------
 
 ELEMENTWISE = [
-    hbp.HBPSigmoid,
-    hbp.HBPTanh,
-    hbp.HBPReLU,
-    hbp.HBPLeakyReLU,
-    hbp.HBPELU,
-    hbp.HBPSELU,
-    hbp.HBPCELU,
-    hbp.HBPGELU,
-    hbp.HBPSiLU,
-    hbp.HBPMish,
-    hbp.HBPSoftplus,
-    hbp.HBPSoftsign,
-    hbp.HBPLogSigmoid,
-    hbp.HBPHardtanh,
-    hbp.HBPReLU6,
-    hbp.HBPHardswish,
+    *ACTIVATIONS,
     hbp.HBPIdentity,
     lambda: hbp.HBPElementwise(torch.sin),
     lambda: hbp.HBPElementwise(torch.sin, torch.cos, lambda x: -torch.sin(x)),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import SCHEMES, TREATMENTS, close, randn
+from helpers import ACTIVATIONS, SCHEMES, TREATMENTS, close, randn
 from torch import Tensor, nn
 
 import hbp
@@ -96,27 +96,7 @@ LAYERS: dict[str, Case] = {
         IMAGE,
     ),
     "residual empty": (lambda: hbp.HBPResidual(hbp.HBPSequential()), (3, 4)),
-    **{
-        kind.__name__: (kind, (3, 5))
-        for kind in [
-            hbp.HBPSigmoid,
-            hbp.HBPTanh,
-            hbp.HBPReLU,
-            hbp.HBPLeakyReLU,
-            hbp.HBPELU,
-            hbp.HBPSELU,
-            hbp.HBPCELU,
-            hbp.HBPGELU,
-            hbp.HBPSiLU,
-            hbp.HBPMish,
-            hbp.HBPSoftplus,
-            hbp.HBPSoftsign,
-            hbp.HBPLogSigmoid,
-            hbp.HBPHardtanh,
-            hbp.HBPReLU6,
-            hbp.HBPHardswish,
-        ]
-    },
+    **{kind.__name__: (kind, (3, 5)) for kind in ACTIVATIONS},
 }
 
 

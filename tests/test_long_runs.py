@@ -32,6 +32,7 @@ from hbp import checkpoint
 
 TESTS = Path(__file__).resolve().parent
 KILLS = 20
+INTERRUPTS = 12
 EPOCHS = 5
 Kill = dict[str, Any]
 
@@ -403,7 +404,8 @@ def test_interrupted_at_any_line(
     shutil.rmtree(folder)
     with Interruption(source, names[function]) as whole:
         train(names)
-    some = [random.Random(k).randrange(2, whole.count) for k in range(4)]
+    between = INTERRUPTS // len(TUTORIALS) - 2
+    some = [random.Random(k).randrange(2, whole.count) for k in range(between)]
     moments = [1, *some, whole.count]
     capsys.readouterr()
     seen = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether torch takes ``value`` for a real number: Python's or NumPy's.
 
     A fraction is none for torch, nor is an integer that no float can hold.

@@ -41,7 +41,7 @@ from hbp.checks import is_number
 from hbp.maps import DiagonalMap, LinearMap, MatrixMap, Watched, columns_at_once
 from hbp.precision import full_precision, is_narrow
 
-_dense_limit = 2**29
+_dense_limit: float = 2**29
 
 DENSE_FEATURES: Final = 256
 """Up to this size ``Congruence`` forms its matrix before it multiplies.
@@ -1252,7 +1252,7 @@ def _apply_inner(matrix: Tensor, stack: Tensor) -> Tensor:
     return (stack.transpose(1, 2) @ matrix.T).transpose(1, 2)
 
 
-def set_dense_limit(nbytes: int) -> int:
+def set_dense_limit(nbytes: float) -> float:
     """Set how large a matrix may become before it stays an operator.
 
     ``to_dense()`` refuses to form a larger one. Rules that would form a larger one on

@@ -13,11 +13,10 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.measure import alternate, summary
-from benchmarks.steps import LOSS, Newton, Step, sgd
-from hbp import output_hessian
+from benchmarks.steps import Newton, Step, sgd
 
 SIZES = [3072, 1024, 512, 256, 128, 10]
 SCHEMES = {
@@ -26,21 +25,6 @@ SCHEMES = {
     "averaged products of parameters": (True, False),
     "averaged products": (False, False),
 }
-
-
-class Joint(Newton):
-    """The step of a process that shares the batch, here with nobody."""
-
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        outputs = self.model(images)
-        loss = LOSS(outputs, labels)
-        self.optimizer.zero_grad()
-        hessian = output_hessian(LOSS, outputs, labels)
-        loss.backward()
-        self.model.backward_hessian(
-            hessian, False, "abs", process_group=dist.group.WORLD
-        )
-        self.optimizer.step()
 
 
 def network() -> nn.Sequential:
@@ -56,13 +40,15 @@ def main() -> None:
     images, labels = torch.rand(500, SIZES[0]), torch.randint(10, (500,))
     still = 1e-7  # no step leaves the point at which all are measured
     steps: dict[str, Step] = {"SGD with momentum": sgd(network(), still)}
-    for name, scheme in SCHEMES.items():
-        for kind, how in [(Newton, "alone"), (Joint, "shared")]:
-            step = kind(network(), still)
-            step.model.set_hbp_approximation(*scheme)
-            steps[f"{name}, {how}"] = step
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", store, rank=0, world_size=1)
+        for name, scheme in SCHEMES.items():
+            for how, group in [("alone", None), ("shared", dist.group.WORLD)]:
+                step = Newton(network(), still)
+                step.model.set_hbp_approximation(*scheme)
+                step.process_group = group
+                steps[f"{name}, {how}"] = step
         timings = summary(alternate(steps, images, labels, rounds=15, budget=60))
         dist.destroy_process_group()
     print("| scheme | alone | shared |")

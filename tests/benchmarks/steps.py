@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.distributed import ProcessGroup
 
 from hbp import CGNewton, cg, convert, output_hessian
 
@@ -32,7 +33,11 @@ Methods = Mapping[str, tuple[Make, float]]
 
 
 class Newton:
-    """hbp's step. Optimizer and model are at hand for those who look inside."""
+    """hbp's step. Optimizer and model are at hand for those who look inside.
+
+    Attributes:
+        process_group: Processes that share the batch, if it is shared.
+    """
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class Newton:
         **scheme: bool,
     ) -> None:
         self.solver = solver
+        self.process_group: ProcessGroup | None = None
         self.model = convert(model)
         self.model.set_hbp_approximation(**scheme)
         self.optimizer = CGNewton(
@@ -60,7 +66,9 @@ class Newton:
         self.optimizer.zero_grad()
         hessian = output_hessian(LOSS, outputs, labels)
         loss.backward()
-        self.model.backward_hessian(hessian, modify_2nd_order_terms="abs")
+        self.model.backward_hessian(
+            hessian, modify_2nd_order_terms="abs", process_group=self.process_group
+        )
         self.optimizer.step()
 
     def split(self, sub_blocks: int) -> Newton:

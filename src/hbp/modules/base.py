@@ -27,12 +27,7 @@ from torch import Tensor, nn
 from hbp.blocks import JointBlock, JointPart
 from hbp.checks import require_floats
 from hbp.curvature import Treatment, is_nonnegative, second_order_treatment
-from hbp.distributed import (
-    Factor,
-    JointBatch,
-    JointOperator,
-    Samples,
-)
+from hbp.distributed import Factor, JointBatch, JointOperator, Samples
 from hbp.maps import ChainMap, JointMap, LinearMap, ReplicateMap
 from hbp.operators import (
     Congruence,

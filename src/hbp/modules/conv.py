@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from hbp.maps import BiasMap, LinearMap, SampleMap, Watched, transpose_by_autograd
-from hbp.modules.base import (
-    HBPModule,
-    HessianPass,
-    describe_blocks,
-)
+from hbp.modules.base import HBPModule, HessianPass, describe_blocks
 
 
 class Convolution:

@@ -135,14 +135,12 @@ class LevenbergMarquardt:
 
 
 def _loss(name: str, value: object) -> float:
-    is_scalar = (
-        isinstance(value, Tensor)
-        and value.numel() == 1
-        and not (value.is_complex() or value.is_meta)
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not (value.is_complex() or value.is_meta):
+            return float(value)
+    elif is_number(value):
+        return float(value)
+    raise TypeError(
+        f"{name} is a {type(value).__name__} that is no number. Pass the loss, as a "
+        "scalar tensor or a float."
     )
-    if not (is_scalar or is_number(value)):
-        raise TypeError(
-            f"{name} is a {type(value).__name__} that is no number. Pass the loss, as "
-            "a scalar tensor or a float."
-        )
-    return float(value)  # type: ignore[arg-type]  # It is one of the two.
