@@ -50,7 +50,6 @@ if importlib.util.find_spec("hbp") is None:
 
 # %%
 import copy
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -71,7 +70,6 @@ from hbp import (
     batch_summed_hessian,
     set_seeds,
 )
-from hbp.checkpoint import Checkpoint
 from hbp.datasets import cifar10, quick
 from hbp.plotting import Panel, curves, matrices
 from hbp.reference import ggn_blocks, hessian_blocks
@@ -329,16 +327,6 @@ def newton_step(model, optimizer):
 # keeping. It notes loss and accuracy of every 15th batch, and after
 # each epoch the accuracy on the test images. The clock runs during
 # training only. If you interrupt it, the numbers so far are kept.
-#
-# A training of many minutes is long enough for something to go
-# wrong. Let the environment variable `HBP_CHECKPOINTS` name a folder,
-# and after every epoch each training
-# [saves a file](../docs/checkpoints.md) there: weights, metrics, and
-# what decides how the data are shuffled next. Run the notebook again
-# after a crash, or that cell after an interruption, and the training
-# goes on from there, to the same result.
-#
-# Without the variable nothing is written, and nothing is read.
 
 
 # %%
@@ -365,20 +353,12 @@ def accuracy_on(model, data):
     return hits / len(data)
 
 
-def checkpoint_file(name):
-    """Where a training is saved, if it shall be."""
-    folder = os.environ.get("HBP_CHECKPOINTS")
-    return Path(folder) / f"{name}.pt" if folder else None
-
-
 def columns(rows, names):
     return {name: [row[name] for row in rows] for name in names}
 
 
 def train(
-    name,
     model,
-    optimizer,
     step,
     print_every,
     num_epochs=num_epochs,
@@ -391,32 +371,9 @@ def train(
     shuffle = torch.Generator().manual_seed(0)
     loader = batches_of(data[0], batch_size, shuffle)
 
-    # What has to be the same for a training to go on, and what
-    # changes while it does.
-    settings = {
-        "epochs": num_epochs,
-        "batch size": batch_size,
-        "images": len(data[0]),
-        "seed": torch.initial_seed(),
-        **optimizer.defaults,
-    }
-    parts = {
-        "model": model,
-        "optimizer": optimizer,
-        "shuffle": shuffle,
-    }
-    if schedule:
-        parts["schedule"] = schedule
-    file = checkpoint_file(f"02_{name}")
-    checkpoint = Checkpoint(file, settings, **parts)
-
-    log = {"batches": [], "tests": [], "seconds": 0.0}
+    batches, tests, seconds = [], [], 0.0
     try:
-        if saved := checkpoint.resume():
-            log = saved
-            done = len(log["tests"])
-            print(f"{name} goes on after epoch {done}/{num_epochs}.")
-        for epoch in range(len(log["tests"]), num_epochs):
+        for epoch in range(num_epochs):
             start = perf_counter()
             for i, (images, labels) in enumerate(loader):
                 images, labels = images.to(device), labels.to(device)
@@ -436,24 +393,23 @@ def train(
                         "accuracy": accuracy(outputs, labels),
                     }
                     passed = perf_counter() - start
-                    row["seconds"] = log["seconds"] + passed
-                    log["batches"].append(row)
-            log["seconds"] += perf_counter() - start
+                    row["seconds"] = seconds + passed
+                    batches.append(row)
+            seconds += perf_counter() - start
             row = {
                 "epochs": epoch + 1,
-                "seconds": log["seconds"],
+                "seconds": seconds,
                 "accuracy": accuracy_on(model, data[1]),
             }
-            log["tests"].append(row)
+            tests.append(row)
             if schedule:
                 schedule.step()
-            checkpoint.save(log)
     except KeyboardInterrupt:
         print("Interrupted. The metrics so far are kept.")
     names = ["epochs", "seconds", "accuracy"]
     return (
-        columns(log["batches"], [*names, "loss"]),
-        columns(log["tests"], names),
+        columns(batches, [*names, "loss"]),
+        columns(tests, names),
     )
 
 
@@ -464,11 +420,7 @@ def train(
 
 # %% tags=["nbval-ignore-output"]
 hbp_batches, hbp_tests = train(
-    "HBP",
-    model,
-    optimizer,
-    newton_step(model, optimizer),
-    print_every=20,
+    model, newton_step(model, optimizer), print_every=20
 )
 
 # %% [markdown]
@@ -534,22 +486,14 @@ def first_order_step(model, optimizer):
 sgd_model = copy.deepcopy(untrained)
 sgd = torch.optim.SGD(sgd_model.parameters(), lr=0.1, momentum=0.9)
 sgd_batches, sgd_tests = train(
-    "SGD",
-    sgd_model,
-    sgd,
-    first_order_step(sgd_model, sgd),
-    print_every=100,
+    sgd_model, first_order_step(sgd_model, sgd), print_every=100
 )
 
 # %% tags=["nbval-ignore-output"]
 adam_model = copy.deepcopy(untrained)
 adam = torch.optim.Adam(adam_model.parameters(), lr=1e-3)
 adam_batches, adam_tests = train(
-    "Adam",
-    adam_model,
-    adam,
-    first_order_step(adam_model, adam),
-    print_every=100,
+    adam_model, first_order_step(adam_model, adam), print_every=100
 )
 
 # %% alt="Four panels: batch loss above, test accuracy below, against epochs on the left and seconds on the right, each for HBP, SGD and Adam. SGD stays at the loss of guessing. HBP leaves it after a few epochs. Adam leaves it first and ends lowest. Against seconds, the curve of HBP is stretched." tags=["nbval-ignore-output"]
@@ -772,9 +716,7 @@ schedule = torch.optim.lr_scheduler.ExponentialLR(
 
 # %% tags=["nbval-ignore-output"]
 fast_batches, fast_tests = train(
-    "faster",
     fast_model,
-    fast_optimizer,
     newton_step(fast_model, fast_optimizer),
     print_every=100,
     num_epochs=5,

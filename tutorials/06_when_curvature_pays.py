@@ -46,7 +46,6 @@ if importlib.util.find_spec("hbp") is None:
 
 # %%
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -54,7 +53,6 @@ import torch
 from torch import nn
 
 from hbp import CGNewton, convert, output_hessian, set_seeds
-from hbp.checkpoint import Checkpoint
 from hbp.datasets import cifar10, quick
 from hbp.plotting import Panel, curves
 
@@ -179,41 +177,17 @@ def sgd(model, lr):
 # the accuracy on the test images, multiplies the learning rate by
 # `decay`, and prints a dot. The clock runs during training only. If
 # you interrupt a race, the numbers so far are kept.
-#
-# With a folder in the environment variable `HBP_CHECKPOINTS`, each
-# epoch is [saved](../docs/checkpoints.md) there, and a race that was
-# stopped goes on to the same result when it is started again.
 
 
 # %%
-def train(name, model, step, optimizer, epochs, decay, log):
+def train(model, step, optimizer, epochs, decay, log):
     """Add an entry to the log for every epoch."""
     schedule = torch.optim.lr_scheduler.ExponentialLR(
         optimizer, decay
     )
     shuffle = torch.Generator().manual_seed(0)
-    count = len(train_images)
-    settings = {
-        "epochs": epochs,
-        "decay": decay,
-        "batch size": batch_size,
-        "images": count,
-        **optimizer.defaults,
-    }
-    folder = os.environ.get("HBP_CHECKPOINTS")
-    checkpoint = Checkpoint(
-        Path(folder) / f"06_{name}.pt" if folder else None,
-        settings,
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
-        shuffle=shuffle,
-    )
-    if saved := checkpoint.resume():
-        log += saved
-        print(f"goes on after epoch {len(log)}/{epochs} ", end="")
-    seconds = log[-1]["seconds"] if log else 0.0
-    for epoch in range(len(log) + 1, epochs + 1):
+    count, seconds = len(train_images), 0.0
+    for epoch in range(1, epochs + 1):
         start, hits = perf_counter(), 0
         order = torch.randperm(count, generator=shuffle)
         for batch in order.split(batch_size):
@@ -232,11 +206,10 @@ def train(name, model, step, optimizer, epochs, decay, log):
             "test": right.float().mean().item(),
         }
         log.append(entry)
-        checkpoint.save(log)
         print(".", end="", flush=True)
 
 
-def race(title, sizes, starts, epochs, decay):
+def race(sizes, starts, epochs, decay):
     """Train with every optimizer; return the logs by name."""
     logs = {name: [] for name in starts}
     try:
@@ -244,8 +217,8 @@ def race(title, sizes, starts, epochs, decay):
             print(f"{name:5} ", end="", flush=True)
             model = network(sizes)
             step, optimizer = start(model)
-            run, log = f"{title}_{name}", logs[name]
-            train(run, model, step, optimizer, epochs, decay, log)
+            log = logs[name]
+            train(model, step, optimizer, epochs, decay, log)
             print(
                 f" test accuracy {log[-1]['test']:.3f}",
                 f"after {log[-1]['seconds']:.0f} s",
@@ -322,7 +295,6 @@ for count in [100, 500]:
 
 # %% tags=["nbval-ignore-output"]
 shallow_logs = race(
-    "shallow",
     shallow,
     {
         "HBP": lambda model: newton(model, lr=0.15, alpha=0.05),
@@ -377,7 +349,6 @@ else:
 
 # %% tags=["nbval-ignore-output"]
 deep_logs = race(
-    "deep",
     deep,
     {
         "HBP": lambda model: newton(model, lr=0.1, alpha=0.01),
