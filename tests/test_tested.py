@@ -24,9 +24,8 @@ PAGE = (ROOT / "docs" / "tested.md").read_text("utf-8")
         f"| {len(list(parallel_worker.tasks()))} trainings each: "
         f"{len(parallel_worker.NETS)} networks,",
         f"| {len(test_parallel.FAULTS)} ways | an error in all processes",
-        f"| {test_long_runs.KILLS} times | it goes on from its checkpoint",
+        f"| {test_checkpoint.KILLS} times | it goes on from its file",
         f"| {test_long_runs.INTERRUPTS} times | metrics and figures",
-        f"| {test_checkpoint.FLIPS} times | it is noticed",
         f"| {len(test_bad_days.FAULTS)} faults in {len(test_bad_days.NETWORKS)} "
         f"networks, with a sample of {len(test_bad_days.SETTINGS)} settings |",
         f"| {len(test_fuzz.CALLS)} functions and classes |",
