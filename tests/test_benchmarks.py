@@ -499,8 +499,8 @@ def test_figures_are_the_same_every_time(report: dict) -> None:
     first, second = draw.figures(report), draw.figures(report)
     assert set(first) == {"steps", "growth"}
     for name, drawing in first.items():
-        svg = drawing._repr_svg_()
-        assert svg == second[name]._repr_svg_()
+        svg = drawing.svg()
+        assert svg == second[name].svg()
         assert "date" not in svg
 
 

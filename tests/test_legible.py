@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbp.plotting import INK, NEGATIVE, POSITIVE, STYLES, ZERO, matrices
-
 pytest.importorskip("material")
 pytest.importorskip("matplotlib")
+
+from hbp.tutorial.plotting import INK, NEGATIVE, POSITIVE, STYLES, ZERO, matrices
 
 Colour = tuple[float, float, float]
 

@@ -36,15 +36,15 @@ ADDED = (".gitignore",)
 # Run after the README's example, in the environment that has torch and nothing else.
 AFTERWARDS = """
 import pathlib, sys
-import hbp.plotting
+import hbp
 
 assert pathlib.Path(hbp.__file__).is_relative_to(sys.prefix), hbp.__file__
 try:
-    hbp.plotting.curves([hbp.plotting.Panel("x", "y", {})])
+    import hbp.tutorial.plotting
 except ImportError as error:
     assert "hbp[tutorials]" in str(error), error
 else:
-    raise AssertionError("a figure was drawn without matplotlib")
+    raise AssertionError("figures can be drawn without matplotlib")
 """
 
 # Right but for its last word. A type checker that sees the package says just that.

@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from draw_benchmarks import finished, short, table
+from draw_benchmarks import short, table
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from hbp.plotting import SETTINGS, STYLES, Drawing, Panel, curves
+from hbp.tutorial.plotting import SETTINGS, STYLES, Drawing, Panel, curves
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "assets" / "accuracy"
 Json = dict[str, Any]
@@ -144,7 +144,7 @@ def draw(report: Json) -> Drawing:
                 frameon=False,
                 fontsize=9,
             )
-    return finished(figure)
+    return Drawing(figure)
 
 
 def paper_settings(report: Json) -> str:
@@ -212,15 +212,15 @@ PARTS: dict[str, tuple[Pages, Figures]] = {
 
 def main(folder: Path = FOLDER) -> None:
     """Write the tables and the figure of each file there is."""
-    settings: Any = SETTINGS
     for name, (pages, figures) in PARTS.items():
         if (folder / f"{name}.json").exists():
             report = json.loads((folder / f"{name}.json").read_text("utf-8"))
             for page, text in pages.items():
                 (folder / f"{page}.md").write_text(text(report), "utf-8")
-            with rc_context(settings):
+            with rc_context(SETTINGS):
                 for figure, drawing in figures.items():
-                    drawing(report).save(folder / f"{figure}.svg")
+                    svg = drawing(report).svg()
+                    (folder / f"{figure}.svg").write_text(svg, "utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from hbp.plotting import INK, SETTINGS, STYLES, Drawing
+from hbp.tutorial.plotting import INK, SETTINGS, STYLES, Drawing
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "assets" / "benchmarks"
 Json = dict[str, Any]
@@ -219,8 +219,7 @@ def short(value: float) -> str:
 def figures(report: Json) -> dict[str, Drawing]:
     """Figures by file name, all names without the device in front."""
     drawings = {}
-    settings: Any = SETTINGS  # matplotlib's type lists each name that it knows.
-    with rc_context(settings):
+    with rc_context(SETTINGS):
         for prefix, part in sections(report):
             drawings[f"{prefix}steps"] = draw_steps(measured(part["steps"]))
             drawings[f"{prefix}growth"] = draw_growth(part["growth"]["panels"])
@@ -245,7 +244,7 @@ def draw_steps(points: Json) -> Drawing:
         axes.axvline(1, color=INK, lw=1)
         axes.set_xlabel("time of a step, in steps of SGD")
         axes.set_title(name, fontsize=10)
-    return finished(figure)
+    return Drawing(figure)
 
 
 def _bars(axes: Axes, methods: Json) -> None:
@@ -314,13 +313,6 @@ def draw_growth(panels: Json) -> Drawing:
             title_fontsize=9,
             alignment="left",
         )
-    return finished(figure)
-
-
-def finished(figure: Figure) -> Drawing:
-    """Fix the layout, which would otherwise move a little with every rendering."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
     return Drawing(figure)
 
 
@@ -331,7 +323,8 @@ def main(folder: Path = FOLDER) -> None:
         for name, page in tables(report).items():
             (folder / f"{path.stem}-{name}.md").write_text(page, "utf-8")
         for name, drawing in figures(report).items():
-            drawing.save(folder / f"{path.stem}-{name}.svg")
+            svg = folder / f"{path.stem}-{name}.svg"
+            svg.write_text(drawing.svg(), "utf-8")
         print(f"{path.name}: drawn")
 
 

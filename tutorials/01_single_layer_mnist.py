@@ -53,9 +53,9 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader
 
 from hbp import CGNewton, HBPLinear, batch_summed_hessian, set_seeds
-from hbp.datasets import mnist, quick
-from hbp.plotting import Panel, curves, matrices
 from hbp.reference import hessian_blocks
+from hbp.tutorial.datasets import mnist, quick
+from hbp.tutorial.plotting import Panel, curves, matrices
 
 set_seeds(0)
 use_gpu = torch.cuda.is_available()

@@ -70,9 +70,9 @@ from hbp import (
     batch_summed_hessian,
     set_seeds,
 )
-from hbp.datasets import cifar10, quick
-from hbp.plotting import Panel, curves, matrices
 from hbp.reference import ggn_blocks, hessian_blocks
+from hbp.tutorial.datasets import cifar10, quick
+from hbp.tutorial.plotting import Panel, curves, matrices
 
 set_seeds(0)
 use_gpu = torch.cuda.is_available()

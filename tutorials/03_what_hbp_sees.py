@@ -65,8 +65,8 @@ from hbp import (
     set_seeds,
 )
 from hbp.operators import DenseOperator
-from hbp.plotting import Panel, curves, matrices
 from hbp.reference import hessian_blocks
+from hbp.tutorial.plotting import Panel, curves, matrices
 
 set_seeds(0)
 

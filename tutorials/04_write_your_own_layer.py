@@ -77,9 +77,9 @@ from hbp.maps import (
     DenseSampleMap,
     LinearWeightMap,
 )
-from hbp.plotting import Panel, curves, matrices
 from hbp.reference import hessian_blocks
 from hbp.testing import check_layer
+from hbp.tutorial.plotting import Panel, curves, matrices
 
 set_seeds(0)
 

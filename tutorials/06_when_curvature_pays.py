@@ -53,8 +53,8 @@ import torch
 from torch import nn
 
 from hbp import CGNewton, convert, output_hessian, set_seeds
-from hbp.datasets import cifar10, quick
-from hbp.plotting import Panel, curves
+from hbp.tutorial.datasets import cifar10, quick
+from hbp.tutorial.plotting import Panel, curves
 
 use_gpu = torch.cuda.is_available()
 device = torch.device("cuda" if use_gpu else "cpu")

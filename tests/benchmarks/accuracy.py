@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.measure import ROOT, provenance
 from benchmarks.points import network
 from hbp import CGNewton, HBPSequential, convert, output_hessian, set_seeds
-from hbp.datasets import cifar10
+from hbp.tutorial.datasets import cifar10
 
 LOSS = nn.CrossEntropyLoss()
 RUNS = ROOT / "build" / "benchmarks" / "accuracy"

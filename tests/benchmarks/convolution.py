@@ -17,7 +17,7 @@ from benchmarks.measure import STILL
 from benchmarks.points import have_cifar10
 from benchmarks.steps import LOSS, Make, Newton, sgd
 from hbp import per_sample_hessian, set_seeds
-from hbp.datasets import cifar10
+from hbp.tutorial.datasets import cifar10
 
 BATCH, STEPS = 128, 100
 

@@ -7,8 +7,9 @@ setting with the lowest training loss then goes on from where it stands, to a nu
 epochs that takes each method about the same processor time. After every epoch a
 checkpoint is written: stop at any time, and the same command goes on from there to the
 same weights. ``--method`` trains one of the methods, for a second process to train
-another. When all are there, they are collected in ``src/hbp/recorded``, from which
-``hbp.datasets.recorded("convolution")`` reads them. Needs CIFAR-10 under ``HBP_DATA``.
+another. When all are there, they are collected in ``src/hbp/tutorial/recorded``, from
+which ``hbp.tutorial.datasets.recorded("convolution")`` reads them. Needs CIFAR-10 under
+``HBP_DATA``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from hbp import (
 
 LOSS = nn.CrossEntropyLoss()
 RUNS = ROOT / "build" / "benchmarks" / "convolution"
-RESULT = ROOT / "src" / "hbp" / "recorded" / "convolution.json"
+RESULT = ROOT / "src" / "hbp" / "tutorial" / "recorded" / "convolution.json"
 CHANNELS = (16, 24, 32)  # A quarter of 3c3d's own, to fit into an hour on one core.
 BATCH, IMAGES, TEST_IMAGES = 128, 6400, 2000
 SEED, MOMENTUM, CG_TOL, CG_MAXITER = 0, 0.9, 0.1, 10

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.steps import Newton
 from hbp import set_seeds
-from hbp.datasets import cifar10, data_root, quick
+from hbp.tutorial.datasets import cifar10, data_root, quick
 
 SIZES = [3072, 1024, 512, 256, 128, 10]
 BATCH = 500

@@ -1,7 +1,7 @@
 """The figures that the tutorials share.
 
 `curves` draws lines in panels side by side, `matrices` draws matrices as tiles.
-Both return a `Drawing`, which shows itself in a notebook and saves itself to a file.
+Both return a `Drawing`, which shows itself in a notebook.
 
 The figures read on light and on dark pages: no background, and ink of middle
 brightness. Lines differ in dash pattern and marker as well as in colour, and carry
@@ -14,16 +14,20 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
+try:
+    from matplotlib import rc_context
     from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError(
+        "hbp.tutorial.plotting needs matplotlib, which could not be imported "
+        f'({error}). Install it with: pip install "hbp[tutorials]"'
+    ) from error
 
 __all__ = ["Drawing", "Panel", "curves", "matrices"]
 
@@ -40,20 +44,18 @@ STYLES = [
 NEGATIVE, ZERO, POSITIVE = "#d9480f", "#eceff4", "#3f51b5"
 # Up to this many rows and columns, negative entries carry a minus.
 SIGNED = 24
-SETTINGS = {
+# Any: matplotlib's type of settings lists each name that it knows.
+SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "hbp",  # Identifiers that do not change from run to run.
     "svg.fonttype": "path",  # The same letters on every machine.
     "font.family": "DejaVu Sans",  # The font that comes with matplotlib.
     "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
+    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], INK),
+    **dict.fromkeys(["xtick.color", "ytick.color", "grid.color"], INK),
+    "grid.alpha": 0.25,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.25,
+    "image.interpolation": "none",
 }
 
 
@@ -85,45 +87,43 @@ class Drawing:
 
     figure: Figure
 
-    def save(self, path: str | Path) -> None:
-        """Write the figure to a file; its ending (.svg, .png, .pdf) says how."""
-        kind = Path(path).suffix.lstrip(".")
-        Path(path).write_bytes(self._render(kind))
+    def __post_init__(self) -> None:
+        # The layout would otherwise move a little with every rendering.
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
 
-    def _repr_svg_(self) -> str:
-        return self._render("svg").decode()
+    def svg(self) -> str:
+        """The figure as the text of an SVG file."""
+        buffer = io.BytesIO()
+        # None leaves an entry out: no date, no address of the program's home page.
+        nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
+        with rc_context(SETTINGS):
+            self.figure.savefig(
+                buffer, format="svg", transparent=True, metadata=nothing
+            )
+        return buffer.getvalue().decode()
+
+    _repr_svg_ = svg  # What a notebook asks for.
 
     def __repr__(self) -> str:
         return f"Drawing with {len(self.figure.axes)} panels"
 
-    def _render(self, kind: str) -> bytes:
-        # None leaves an entry out: no date, no address of the program's home page.
-        empty = ("Date", "Creator", "Format", "Type") if kind == "svg" else ()
-        buffer = io.BytesIO()
-        with _matplotlib().rc_context(SETTINGS):
-            self.figure.savefig(
-                buffer,
-                format=kind,
-                transparent=True,
-                metadata=dict.fromkeys(empty),
-            )
-        return buffer.getvalue()
-
 
 def curves(panels: Sequence[Panel], columns: int = 2) -> Drawing:
-    """Draw lines in panels, `columns` of them side by side.
+    """Draw lines in panels.
+
+    Args:
+        panels: What to draw.
+        columns: How many panels stand side by side.
 
     Raises:
-        ImportError: matplotlib is missing.
         ValueError: there is no panel, or one has more lines than there are styles.
     """
-    if not panels:
-        raise ValueError("panels is empty; there is nothing to draw.")
-    with _matplotlib().rc_context(SETTINGS):
+    with rc_context(SETTINGS):
         figure, grid = _figure(len(panels), columns, width=4.4, height=2.9)
         for axes, panel in zip(grid, panels, strict=True):
             _draw_panel(axes, panel)
-        return _finished(figure)
+        return Drawing(figure)
 
 
 def matrices(
@@ -140,65 +140,43 @@ def matrices(
             each tile has a scale of its own, so compare patterns, not sizes.
 
     Raises:
-        ImportError: matplotlib is missing.
         ValueError: there is no tile.
     """
-    if not tiles:
-        raise ValueError("tiles is empty; there is nothing to draw.")
-    colours = _matplotlib("colors").LinearSegmentedColormap.from_list(
-        "curvature", [NEGATIVE, ZERO, POSITIVE]
-    )
-    values = {title: tile.detach().cpu() for title, tile in tiles.items()}
-    largest = {title: float(tile.abs().max()) for title, tile in values.items()}
-    with _matplotlib().rc_context(SETTINGS):
+    colours = LinearSegmentedColormap.from_list("", [NEGATIVE, ZERO, POSITIVE])
+    values = [tile.detach().cpu() for tile in tiles.values()]
+    largest = [float(tile.abs().max()) for tile in values]
+    with rc_context(SETTINGS):
         figure, grid = _figure(len(tiles), columns, width=1.8, height=2.0)
-        for axes, (title, tile) in zip(grid, values.items(), strict=True):
+        for axes, title, tile, size in zip(grid, tiles, values, largest, strict=True):
             # Zeros need some limit too.
-            limit = (max(largest.values()) if same_scale else largest[title]) or 1
-            axes.imshow(
-                tile.numpy(),
-                cmap=colours,
-                vmin=-limit,
-                vmax=limit,
-                interpolation="none",
-            )
-            _mark_negative(axes, tile, limit)
+            limit = (max(largest) if same_scale else size) or 1
+            axes.imshow(tile.numpy(), cmap=colours, vmin=-limit, vmax=limit)
+            if max(tile.shape) <= SIGNED:
+                _mark_negative(axes, tile, limit)
             axes.set_title(title, fontsize=10)
             axes.set_axis_off()
-        return _finished(figure)
+        return Drawing(figure)
 
 
 def _mark_negative(axes: Axes, tile: Tensor, limit: float) -> None:
     """Write a minus into negative entries: in greyscale, both signs are dark."""
-    size = max(tile.shape)
-    if size > SIGNED:
-        return
     # An entry that is nearly zero has no colour either.
     rows, columns = (tile < -0.05 * limit).nonzero(as_tuple=True)
-    axes.scatter(
-        columns, rows, s=(50 / size) ** 2, marker="_", color="#1d2230", linewidths=0.8
-    )
+    size = (50 / max(tile.shape)) ** 2
+    axes.scatter(columns, rows, s=size, marker="_", color="#1d2230", linewidths=0.8)
 
 
 def _figure(
     count: int, columns: int, width: float, height: float
 ) -> tuple[Figure, list[Axes]]:
     """A figure with `count` coordinate systems; sizes are per panel, in inches."""
+    if not count:
+        raise ValueError("There is nothing to draw: no panel, or no matrix.")
     columns = min(columns, count)
     rows = -(-count // columns)
     # Not by pyplot: it would keep every figure in memory, and show it once more.
-    figure = _matplotlib("figure").Figure(
-        figsize=(width * columns, height * rows), layout="constrained"
-    )
-    grid = [figure.add_subplot(rows, columns, k + 1) for k in range(count)]
-    return figure, grid
-
-
-def _finished(figure: Figure) -> Drawing:
-    """Fix the layout, which would otherwise move a little with every rendering."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return Drawing(figure)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(count)]
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -225,48 +203,21 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             ha="right",
             fontsize=8,
         )
-    axes.set_xlabel(panel.xlabel)
-    axes.set_ylabel(panel.ylabel)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
     axes.grid(True)
     _name_lines(axes, panel.lines)
 
 
 def _name_lines(axes: Axes, lines: Mapping[str, Line]) -> None:
-    """Write each line's name beside the height at which it ends."""
+    """Write each line's name where it ends, or above the name below it."""
     low, high = axes.get_ylim()
-    named = [
-        (name, (float(y[-1]) - low) / (high - low), style)
-        for (name, (_, y)), style in zip(lines.items(), STYLES, strict=False)
-        if len(y)
-    ]
-    places = _spread([height for _, height, _ in named], gap=0.09)
-    for (name, _, style), place in zip(named, places, strict=True):
-        colour, _, _, letter = style
-        axes.text(
-            1.02,
-            place,
-            f"{letter} {name}",
-            color=colour,
-            va="center",
-            transform=axes.transAxes,
-        )
-
-
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move heights apart, upward, until neighbours have at least `gap` between them."""
-    places = list(heights)
-    order = sorted(range(len(places)), key=places.__getitem__)
-    for below, above in pairwise(order):
-        places[above] = max(places[above], places[below] + gap)
-    return places
-
-
-def _matplotlib(module: str = "") -> Any:
-    """Import matplotlib, or a module of it: only the tutorials need it."""
-    try:
-        return import_module(f"matplotlib.{module}".rstrip("."))
-    except ImportError as error:
-        raise ImportError(
-            f"hbp.plotting needs matplotlib, which could not be imported ({error}). "
-            'Install it with: pip install "hbp[tutorials]"'
-        ) from error
+    ends = {
+        name: (y[-1] - low) / (high - low) for name, (_, y) in lines.items() if len(y)
+    }
+    place, places = float("-inf"), {}
+    for name in sorted(ends, key=ends.__getitem__):
+        places[name] = place = max(ends[name], place + 0.09)
+    for name, (colour, _, _, letter) in zip(lines, STYLES, strict=False):
+        if name in places:
+            text, at = f"{letter} {name}", axes.transAxes
+            axes.text(1.02, places[name], text, color=colour, va="center", transform=at)

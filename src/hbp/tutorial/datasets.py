@@ -16,7 +16,7 @@ No file is trusted. Each is read once, and what was read is compared with the ch
 of the official file before anything is made of it.
 
 `recorded(name)` returns what a longer training left behind; the package brings it
-along, and it needs no other.
+along.
 """
 
 import hashlib
@@ -69,18 +69,15 @@ def mnist(train: bool) -> TensorDataset:
     Raises:
         ImportError: scikit-learn is missing in quick mode, or torchvision for a
             download.
-        RuntimeError: a file is not the official one or cannot be read, or a download
-            failed.
+        OSError: a file cannot be read.
+        RuntimeError: a file is not the official one, or a download failed.
         ValueError: `HBP_TUTORIAL` has a value other than "quick".
     """
     if quick():
-        images, labels = _digits(train)
-        _announce(len(labels), "of scikit-learn's 8x8 digits", "MNIST", train)
-        return TensorDataset(images, labels)
-    split = "train" if train else "t10k"
+        return _digits(train)
     images, labels = (
         torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        for content in _official("MNIST", [f"{split}-images", f"{split}-labels"])
+        for content in _official("MNIST", "train-" if train else "t10k-")
     )
     # A header of 16 and of 8 bytes says what the checksum has said already.
     images = images[16:].view(-1, 1, 28, 28)
@@ -96,16 +93,14 @@ def cifar10(train: bool) -> TensorDataset:
     Raises:
         ImportError: NumPy is missing, or torchvision for a download; quick mode
             does without.
-        RuntimeError: a file is not the official one or cannot be read, or a download
-            failed.
+        OSError: a file cannot be read.
+        RuntimeError: a file is not the official one, or a download failed.
         ValueError: `HBP_TUTORIAL` has a value other than "quick".
     """
     if quick():
-        images, labels = _blobs(train)
-        _announce(len(labels), "generated images", "CIFAR-10", train)
-        return TensorDataset(images, labels)
+        return _blobs(train)
     _extra("numpy")  # The files are pickles of its arrays.
-    contents = _official("CIFAR10", ["data_batch" if train else "test_batch"])
+    contents = _official("CIFAR10", "data_batch" if train else "test_batch")
     batches = [pickle.loads(content, encoding="latin1") for content in contents]
     pixels = torch.cat([torch.from_numpy(batch["data"]) for batch in batches])
     labels = torch.tensor([label for batch in batches for label in batch["labels"]])
@@ -140,39 +135,26 @@ def recorded(name: str) -> dict[str, Any]:
         name: Which run, such as "convolution".
 
     Raises:
-        ValueError: there is no record of this name; the message lists those there are.
+        FileNotFoundError: there is no record of this name.
     """
-    folder = files("hbp") / "recorded"
-    records = {
-        record.name.removesuffix(".json"): record
-        for record in folder.iterdir()
-        if record.name.endswith(".json")
-    }
-    if name not in records:
-        known = ", ".join(map(repr, sorted(records)))
-        raise ValueError(f"There is no record {name!r}. There are: {known}.")
-    return json.loads(records[name].read_text("utf-8"))
+    record = files("hbp.tutorial") / "recorded" / f"{name}.json"
+    return json.loads(record.read_text("utf-8"))
 
 
 # --- The official files -------------------------------------------------------
 
 
-def _official(name: str, prefixes: Iterable[str]) -> list[bytes]:
+def _official(name: str, prefix: str) -> list[bytes]:
     """The contents of the files of `name` that begin so; each passed its checksum.
 
     If one is missing, all that are missing are downloaded first.
     """
     root = data_root()
-    paths = [p for p in MD5[name] if Path(p).name.startswith(tuple(prefixes))]
+    paths = [path for path in MD5[name] if Path(path).name.startswith(prefix)]
     try:
         return _checked(root, name, paths)
     except (FileNotFoundError, NotADirectoryError):
         _download(root, name)
-    except OSError as error:
-        raise RuntimeError(
-            f"A file of {name} cannot be read ({error}). Change its permissions, or "
-            "set HBP_DATA to another folder."
-        ) from error
     return _checked(root, name, paths)
 
 
@@ -180,16 +162,15 @@ def _checked(root: Path, name: str, paths: Iterable[str]) -> list[bytes]:
     """Read files below `root` and compare all of them, before any is used.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        OSError: a file is not there, or cannot be read.
         RuntimeError: some are not the official ones; the message lists them.
     """
     contents = {path: (root / path).read_bytes() for path in paths}
-    wrong = [
-        str(root / path)
+    sums = {
+        path: hashlib.md5(content, usedforsecurity=False).hexdigest()
         for path, content in contents.items()
-        if _md5(content) != MD5[name][path]
-    ]
-    if wrong:
+    }
+    if wrong := [str(root / path) for path in sums if sums[path] != MD5[name][path]]:
         raise RuntimeError(
             f"Not an official file of {name}: {', '.join(wrong)}. It is damaged or was "
             "replaced. Delete it and run again to download it anew."
@@ -211,9 +192,11 @@ def _download(root: Path, name: str) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix="hbp-download-", dir=root) as private:
             download(private, train=False, download=True)
+            _checked(Path(private), name, MD5[name])
             for path in MD5[name]:
-                (content,) = _checked(Path(private), name, [path])
-                _place(content, root, path, Path(private) / "checked")
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                if not (root / path).exists():
+                    (Path(private) / path).replace(root / path)
     except (OSError, RuntimeError, HTTPException) as error:
         raise RuntimeError(
             f"{name} is not in {root} and could not be downloaded ({error}). Either "
@@ -222,52 +205,32 @@ def _download(root: Path, name: str) -> None:
         ) from error
 
 
-def _place(content: bytes, root: Path, path: str, scratch: Path) -> None:
-    """Write a file below `root`, whole or not at all, and nowhere else."""
-    target = root / path
-    if root.resolve() not in target.parent.resolve().parents:
-        raise OSError(f"{target.parent} is a link that leads out of {root}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        scratch.write_bytes(content)
-        scratch.replace(target)
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
 def _extra(module: str) -> Any:
     """Import a package that only the tutorials need."""
     try:
         return import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"hbp.datasets needs {module.partition('.')[0]}, which could not be "
-            f'imported ({error}). Install it with: pip install "hbp[tutorials]"'
+            f"hbp.tutorial.datasets needs {module.partition('.')[0]}, which could not "
+            f'be imported ({error}). Install it with: pip install "hbp[tutorials]"'
         ) from error
 
 
 # --- The stand-ins ------------------------------------------------------------
 
 
-def _announce(count: int, what: str, instead_of: str, train: bool) -> None:
-    split = "training" if train else "test"
-    print(
-        f"HBP_TUTORIAL=quick: {count} {what} stand in for {instead_of}'s {split} set."
-    )
-
-
-def _digits(train: bool) -> tuple[Tensor, Tensor]:
+def _digits(train: bool) -> TensorDataset:
     """The 1,797 digits of scikit-learn, enlarged; the last 297 are for testing."""
     digits = _extra("sklearn.datasets").load_digits()
     images = torch.from_numpy(digits.images).float().div_(16)[:, None]
     images = interpolate(images, size=(28, 28), mode="bilinear")
     part = slice(0, 1500) if train else slice(1500, None)
-    return images[part], torch.from_numpy(digits.target).long()[part]
+    labels = torch.from_numpy(digits.target).long()[part]
+    print(f"HBP_TUTORIAL=quick: {len(labels)} small digits stand in for MNIST.")
+    return TensorDataset(images[part], labels)
 
 
-def _blobs(train: bool) -> tuple[Tensor, Tensor]:
+def _blobs(train: bool) -> TensorDataset:
     """Ten classes of soft colour patterns, under clutter and noise.
 
     A class has a brightness and two patterns of its own. Each image adds to them a
@@ -290,7 +253,8 @@ def _blobs(train: bool) -> tuple[Tensor, Tensor]:
     mix += _bytes(count, 3, 32, 32, seed=seed + 2)
     # From 0 ... 15 · 255 to 0 ... 255, with nearly twice the contrast.
     images = (128 + (mix - 7.5 * 255) / 8).floor_().clamp_(0, 255)
-    return images.div_(255), labels
+    print(f"HBP_TUTORIAL=quick: {count} generated images stand in for CIFAR-10.")
+    return TensorDataset(images.div_(255), labels)
 
 
 def _soft(coarse: Tensor) -> Tensor:
