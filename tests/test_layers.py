@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hbp
 from hbp import reference
-from hbp.modules.shape import HBPReshape
+from hbp.layers.shape import HBPReshape
 
 LOSS = nn.CrossEntropyLoss()
 

@@ -1,78 +1,128 @@
-"""Which entries make a block: sub-blocks of a weight, and a weight with its bias.
+"""Sub-blocks: of a weight's block only some blocks on the diagonal.
 
-Both are properties of the curvature alone; the parameters stay as they are.
+The parameter splitting of Dangel, Harmeling & Hennig 2020: a weight's block is split
+into sub-blocks of consecutive output features, and what couples them is dropped. Solves
+get cheaper, steps a little worse. The parameters stay as they are.
 
-* A weight's block can be *split* into sub-blocks of consecutive output features. What
-  couples them is dropped: products and solves get cheaper, steps a little worse (the
-  parameter splitting of Dangel, Harmeling & Hennig 2020).
-* Weight and bias can have one *joint* block. In homogeneous coordinates x̃ = [x; 1] a
-  layer is z = [W, b] x̃, so its vectors are the rows of [W, b]: [out · (in + 1)].
+It joins the core as the ``structure`` that a layer gives to its blocks.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hbp.operators import SymmetricOperator
+from hbp.core.guards import is_count
+from hbp.core.layers.convolution import HBPConv1d, HBPConv2d, HBPConv3d
+from hbp.core.layers.linear import HBPLinear
+from hbp.core.module import HBPModule
+from hbp.core.operators import DenseOperator, KroneckerBlock, SymmetricOperator
 
 
-class JointBlock:
-    """One block for a weight and a bias.
+def set_hbp_blocks(model: HBPModule, sub_blocks: int = 1) -> None:
+    """Split the block of every weight and bias, here and in every HBP module inside.
 
-    Args:
-        operator: Of the rows of [W, b], [out · (in + 1)] numbers.
-        out_features: out.
-
-    Attributes:
-        operator: The same.
-    """
-
-    def __init__(self, operator: SymmetricOperator, out_features: int) -> None:
-        self.operator = operator
-        self._out_features = out_features
-
-    def gather(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """Something of W, [out · in, k], and of b, [out, k], as rows of [W, b]."""
-        rows = weight.reshape(self._out_features, -1, weight.shape[1])
-        return torch.cat([rows, bias.unsqueeze(1)], dim=1).flatten(0, 1)
-
-    def scatter(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """The reverse of ``gather``."""
-        rows = columns.reshape(self._out_features, -1, columns.shape[1])
-        return rows[:, :-1].flatten(0, 1), rows[:, -1]
-
-
-class JointPart(SymmetricOperator):
-    """The part of a joint block that belongs to the weight, or to the bias.
-
-    As ``p.hessian`` it answers as the parameter's own block. ``CGNewton`` sees the
-    joint block behind it and solves for both parameters at once.
+    It is a method of every HBP module: ``model.set_hbp_blocks(sub_blocks=4)``. It
+    matters to linear layers and convolutions (not to transposed ones), and can be
+    changed at any time; the next Hessian pass goes by it.
 
     Args:
-        joint: The block of both.
-        sizes: Numbers of entries of W and of b.
-        index: 0 for the weight, 1 for the bias.
+        model: Any HBP module.
+        sub_blocks: So many, of consecutive output features; what couples them is
+            dropped. A layer of fewer output features gets one for each.
+
+    Raises:
+        ValueError: ``sub_blocks`` is no positive integer.
+    """
+    if not is_count(sub_blocks):
+        raise ValueError(f"sub_blocks={sub_blocks!r} must be a positive integer.")
+    for layer in model.modules():
+        if isinstance(layer, HBPLinear | HBPConv1d | HBPConv2d | HBPConv3d):
+            vars(layer).pop("structure", None)
+            if sub_blocks > 1:
+                vars(layer)["structure"] = SubBlocks(sub_blocks)
+
+
+class SubBlocks(NamedTuple):
+    """What becomes of a block of θ whose first dimension are output features."""
+
+    count: int
+
+    def __call__(
+        self, block: SymmetricOperator, parameter: Tensor
+    ) -> SymmetricOperator:
+        """The block, split."""
+        groups = torch.arange(len(parameter)).chunk(min(self.count, len(parameter)))
+        entries = parameter[0].numel()
+        return split(block, [len(group) * entries for group in groups])
+
+    def __str__(self) -> str:
+        return f"sub_blocks: {self.count}"
+
+
+def split(operator: SymmetricOperator, sizes: Sequence[int]) -> SymmetricOperator:
+    """Of A only the blocks on the diagonal, of so many rows each, in order.
+
+    Of H ⊗ FᵀF, blocks of whole output features are those of H.
+    """
+    whole = isinstance(operator, KroneckerBlock) and not any(
+        size % operator.sizes[1] for size in sizes
+    )
+    if not (whole and isinstance(operator, KroneckerBlock)):
+        return BlockDiagonal(operator, sizes)
+    twin = copy.copy(operator)
+    twin.outer = split(operator.outer, [size // operator.sizes[1] for size in sizes])
+    return twin
+
+
+class BlockDiagonal(SymmetricOperator):
+    """Of A only the blocks on the diagonal: what couples them is dropped.
+
+    Args:
+        outer: A, [n, n].
+        sizes: Rows of each block; they add up to n.
     """
 
-    def __init__(self, joint: JointBlock, sizes: Sequence[int], index: int) -> None:
-        operator = joint.operator
-        super().__init__(sizes[index], operator.dtype, operator.device)
-        self.joint = joint
-        self.index = index
-        self._other = sizes[1 - index]
+    def __init__(self, outer: SymmetricOperator, sizes: Sequence[int]) -> None:
+        super().__init__(outer.shape[0], outer, outer.reads)
+        self.outer, self.sizes = outer, list(sizes)
+        block = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        masks = block == torch.arange(len(sizes))[:, None]
+        self._masks = masks.to(outer.device, outer.dtype)  # [blocks, n]
 
-    def _product(self, columns: Tensor) -> Tensor:
-        both = [columns, columns.new_zeros(self._other, columns.shape[1])]
-        gathered = self.joint.gather(*(reversed(both) if self.index else both))
-        product = self.joint.operator._product(gathered)
-        return self.joint.scatter(product)[self.index]
+    def product(self, rows: Tensor) -> Tensor:
+        alone = (rows[:, None] * self._masks).flatten(0, 1)
+        products = self.outer.product(alone).view(len(rows), *self._masks.shape)
+        return (products * self._masks).sum(1)
 
-    def diagonal(self) -> Tensor:
-        diagonal = self.joint.operator.diagonal().unsqueeze(1)
-        return self.joint.scatter(diagonal)[self.index].squeeze(1)
+    def _parts(self) -> list[Tensor]:
+        """The blocks themselves."""
+        whole, ends = self.outer.to_dense(), torch.tensor(self.sizes).cumsum(0).tolist()
+        spans = zip(self.sizes, ends, strict=True)
+        return [whole[end - size : end, end - size : end] for size, end in spans]
 
-    def require_fresh(self) -> None:
-        self.joint.operator.require_fresh()
+    def _dense(self) -> Tensor:
+        return torch.block_diag(*self._parts())
+
+    def _diagonal(self) -> Tensor:
+        return self.outer.diagonal()
+
+    def _eigvalsh(self) -> Tensor:
+        parts = [torch.linalg.eigvalsh(part) for part in self._parts()]
+        return torch.cat(parts).sort().values
+
+    def solve_damped(
+        self, rows: Tensor, weight: float | Tensor, shift: float
+    ) -> tuple[Tensor, Tensor]:
+        """Block by block."""
+        parts = zip(self._parts(), rows.split(self.sizes, dim=1), strict=True)
+        solved = [DenseOperator(p).solve_damped(b, weight, shift) for p, b in parts]
+        solutions, margins = zip(*solved, strict=True)
+        return torch.cat(solutions, dim=1), torch.stack(margins).min()
+
+
+HBPModule.set_hbp_blocks = set_hbp_blocks

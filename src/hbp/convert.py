@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from hbp import modules
-from hbp.maps import LinearMap
-from hbp.modules import HBPModule, HBPResidual, HBPSequential
-from hbp.modules.base import HessianPass
-from hbp.modules.shape import HBPReshape
-from hbp.operators import SymmetricOperator
+from hbp import nn as layers
+from hbp.core.containers import HBPResidual, HBPSequential
+from hbp.core.jacobians import Jacobian
+from hbp.core.module import HBPModule, Reading
+from hbp.core.operators import SymmetricOperator
+from hbp.layers.shape import HBPReshape
 
 
 def convert(model: nn.Module) -> HBPModule:
@@ -58,60 +58,15 @@ def convert(model: nn.Module) -> HBPModule:
 
 # Layers: nn.X becomes HBPX.
 _LAYERS: dict[type[nn.Module], type[HBPModule]] = {
-    getattr(nn, kind.__name__.removeprefix("HBP")): kind
-    for kind in (
-        modules.HBPLinear,
-        modules.HBPConv1d,
-        modules.HBPConv2d,
-        modules.HBPConv3d,
-        modules.HBPConvTranspose1d,
-        modules.HBPConvTranspose2d,
-        modules.HBPConvTranspose3d,
-        modules.HBPSigmoid,
-        modules.HBPTanh,
-        modules.HBPReLU,
-        modules.HBPReLU6,
-        modules.HBPLeakyReLU,
-        modules.HBPELU,
-        modules.HBPSELU,
-        modules.HBPCELU,
-        modules.HBPGELU,
-        modules.HBPSiLU,
-        modules.HBPMish,
-        modules.HBPSoftplus,
-        modules.HBPSoftsign,
-        modules.HBPLogSigmoid,
-        modules.HBPHardtanh,
-        modules.HBPHardswish,
-        modules.HBPMaxPool1d,
-        modules.HBPMaxPool2d,
-        modules.HBPMaxPool3d,
-        modules.HBPAvgPool1d,
-        modules.HBPAvgPool2d,
-        modules.HBPAvgPool3d,
-        modules.HBPAdaptiveAvgPool1d,
-        modules.HBPAdaptiveAvgPool2d,
-        modules.HBPAdaptiveAvgPool3d,
-        modules.HBPBatchNorm1d,
-        modules.HBPBatchNorm2d,
-        modules.HBPBatchNorm3d,
-        modules.HBPLayerNorm,
-        modules.HBPDropout,
-        modules.HBPDropout1d,
-        modules.HBPDropout2d,
-        modules.HBPDropout3d,
-        modules.HBPZeroPad1d,
-        modules.HBPZeroPad2d,
-        modules.HBPZeroPad3d,
-        modules.HBPFlatten,
-        modules.HBPUnflatten,
-        modules.HBPIdentity,
-    )
+    getattr(nn, name.removeprefix("HBP")): kind
+    for name, kind in vars(layers).items()
+    if name.startswith("HBP") and name not in ("HBPModule", "HBPSequential")
+    if hasattr(nn, name.removeprefix("HBP"))
 }
 
 
 def _flatten(start_dim: int = 0, end_dim: int = -1) -> HBPModule:
-    return modules.HBPFlatten(start_dim, end_dim)
+    return layers.HBPFlatten(start_dim, end_dim)
 
 
 def _max_pool(kind: Callable[..., HBPModule]) -> Callable[..., HBPModule]:
@@ -145,41 +100,41 @@ def _dropout(kind: Callable[..., HBPModule]) -> Callable[..., HBPModule]:
 # Functions, and methods of tensors by name: what makes an HBP layer of the arguments
 # after the first, which is the tensor. Several are the same for torch.fx.
 _FUNCTIONS: dict[Any, Callable[..., HBPModule]] = {
-    F.relu: modules.HBPReLU,
-    torch.relu: modules.HBPReLU,
-    "relu": modules.HBPReLU,
-    F.sigmoid: modules.HBPSigmoid,
-    torch.sigmoid: modules.HBPSigmoid,
-    "sigmoid": modules.HBPSigmoid,
-    F.tanh: modules.HBPTanh,
-    torch.tanh: modules.HBPTanh,
-    "tanh": modules.HBPTanh,
-    F.relu6: modules.HBPReLU6,
-    F.leaky_relu: modules.HBPLeakyReLU,
-    F.elu: modules.HBPELU,
-    F.selu: modules.HBPSELU,
-    F.celu: modules.HBPCELU,
-    F.gelu: modules.HBPGELU,
-    F.silu: modules.HBPSiLU,
-    F.mish: modules.HBPMish,
-    F.softplus: modules.HBPSoftplus,
-    F.softsign: modules.HBPSoftsign,
-    F.logsigmoid: modules.HBPLogSigmoid,
-    F.hardtanh: modules.HBPHardtanh,
-    F.hardswish: modules.HBPHardswish,
-    F.max_pool1d: _max_pool(modules.HBPMaxPool1d),
-    F.max_pool2d: _max_pool(modules.HBPMaxPool2d),
-    F.max_pool3d: _max_pool(modules.HBPMaxPool3d),
-    F.avg_pool1d: modules.HBPAvgPool1d,
-    F.avg_pool2d: modules.HBPAvgPool2d,
-    F.avg_pool3d: modules.HBPAvgPool3d,
-    F.adaptive_avg_pool1d: modules.HBPAdaptiveAvgPool1d,
-    F.adaptive_avg_pool2d: modules.HBPAdaptiveAvgPool2d,
-    F.adaptive_avg_pool3d: modules.HBPAdaptiveAvgPool3d,
-    F.dropout: _dropout(modules.HBPDropout),
-    F.dropout1d: _dropout(modules.HBPDropout1d),
-    F.dropout2d: _dropout(modules.HBPDropout2d),
-    F.dropout3d: _dropout(modules.HBPDropout3d),
+    F.relu: layers.HBPReLU,
+    torch.relu: layers.HBPReLU,
+    "relu": layers.HBPReLU,
+    F.sigmoid: layers.HBPSigmoid,
+    torch.sigmoid: layers.HBPSigmoid,
+    "sigmoid": layers.HBPSigmoid,
+    F.tanh: layers.HBPTanh,
+    torch.tanh: layers.HBPTanh,
+    "tanh": layers.HBPTanh,
+    F.relu6: layers.HBPReLU6,
+    F.leaky_relu: layers.HBPLeakyReLU,
+    F.elu: layers.HBPELU,
+    F.selu: layers.HBPSELU,
+    F.celu: layers.HBPCELU,
+    F.gelu: layers.HBPGELU,
+    F.silu: layers.HBPSiLU,
+    F.mish: layers.HBPMish,
+    F.softplus: layers.HBPSoftplus,
+    F.softsign: layers.HBPSoftsign,
+    F.logsigmoid: layers.HBPLogSigmoid,
+    F.hardtanh: layers.HBPHardtanh,
+    F.hardswish: layers.HBPHardswish,
+    F.max_pool1d: _max_pool(layers.HBPMaxPool1d),
+    F.max_pool2d: _max_pool(layers.HBPMaxPool2d),
+    F.max_pool3d: _max_pool(layers.HBPMaxPool3d),
+    F.avg_pool1d: layers.HBPAvgPool1d,
+    F.avg_pool2d: layers.HBPAvgPool2d,
+    F.avg_pool3d: layers.HBPAvgPool3d,
+    F.adaptive_avg_pool1d: layers.HBPAdaptiveAvgPool1d,
+    F.adaptive_avg_pool2d: layers.HBPAdaptiveAvgPool2d,
+    F.adaptive_avg_pool3d: layers.HBPAdaptiveAvgPool3d,
+    F.dropout: _dropout(layers.HBPDropout),
+    F.dropout1d: _dropout(layers.HBPDropout1d),
+    F.dropout2d: _dropout(layers.HBPDropout2d),
+    F.dropout3d: _dropout(layers.HBPDropout3d),
     torch.flatten: _flatten,
     "flatten": _flatten,
 }
@@ -219,19 +174,14 @@ class Converted(HBPModule):
         output: Tensor = self._chain(input)
         return output
 
-    def _send_back(
-        self,
-        output_hessian: SymmetricOperator,
-        hessian_pass: HessianPass,
-        compute_input_hessian: bool,
+    def pull_back(
+        self, H: SymmetricOperator, reading: Reading, further: bool
     ) -> SymmetricOperator | None:
-        return self._chain._send_back(
-            output_hessian, hessian_pass, compute_input_hessian
-        )
+        return self._chain.pull_back(H, reading, further)
 
-    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self) -> Jacobian:
         """That of the chain."""
-        return self._chain.jacobian(hessian_pass)
+        return self._chain.jacobian()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse another layer, which would not be in the chain."""

@@ -28,16 +28,15 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hbp.operators import (
+from hbp.blocks import BlockDiagonal
+from hbp.core.guards import full_precision
+from hbp.core.operators import (
     Congruence,
-    DirectSum,
     KroneckerBlock,
-    KroneckerProduct,
     MatrixFree,
     SymmetricOperator,
     check_alpha,
 )
-from hbp.precision import full_precision
 
 SMALL: Final = 1024
 """Up to this many rows a matrix is decomposed: 0.1 s on one core, in float64."""
@@ -489,10 +488,8 @@ def _spectrum_rows(operator: SymmetricOperator) -> int:
     """Rows of the largest matrix that ``operator.eigvalsh()`` decomposes."""
     if isinstance(operator, KroneckerBlock):
         return max(_spectrum_rows(operator.outer), min(operator.rows.shape))
-    if isinstance(operator, KroneckerProduct):
-        return max(_spectrum_rows(operator.outer), operator.inner.shape[0])
-    if isinstance(operator, DirectSum):
-        return max(map(_spectrum_rows, operator.blocks))
+    if isinstance(operator, BlockDiagonal):
+        return max(operator.sizes)
     return operator.shape[0]
 
 
@@ -660,9 +657,7 @@ def _trace(operator: SymmetricOperator, seed: int) -> TraceEstimate:
 
 def _has_hidden_diagonal(operator: SymmetricOperator) -> bool:
     """Whether the diagonal takes as many products as there are rows, and many."""
-    if isinstance(operator, DirectSum):
-        return any(map(_has_hidden_diagonal, operator.blocks))
-    if isinstance(operator, Congruence | KroneckerBlock | KroneckerProduct):
+    if isinstance(operator, Congruence | KroneckerBlock | BlockDiagonal):
         return _has_hidden_diagonal(operator.outer)
     return isinstance(operator, MatrixFree) and operator.shape[0] > SMALL
 

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbp import reference
-from hbp.losses import per_sample_hessian
-from hbp.maps import LinearMap
-from hbp.modules.base import HBPModule, HessianPass
-from hbp.modules.containers import HBPSequential
-from hbp.modules.elementwise import HBPElementwise
-from hbp.modules.linear import HBPLinear
-from hbp.modules.shape import HBPFlatten
-from hbp.operators import SymmetricOperator, attach_hessian
+from hbp.core.containers import HBPSequential
+from hbp.core.jacobians import Batch, Chain, Jacobian
+from hbp.core.layers.linear import HBPLinear
+from hbp.core.layers.shape import HBPFlatten
+from hbp.core.losses import per_sample_hessian
+from hbp.core.module import HBPModule
+from hbp.core.operators import SymmetricOperator, attach_hessian
+from hbp.layers.activations import HBPElementwise
 
 TREATMENTS: Final = ("none", "zero", "abs", "clip")
 SCHEMES: Final = ((True, True), (True, False), (False, True), (False, False))
@@ -257,34 +257,36 @@ class _Check:
             return None
         return f"is off by {error:.2g}; its largest entry is {largest:.2g}"
 
+    @torch.no_grad()
     def _wrong_jacobian(self) -> Iterator[str]:
         """In JᵀHJ a wrong sign of J cancels, but not beside a shortcut."""
-        actual = self._layer._jacobian(HessianPass(None, len(self._inputs)))
-        if not actual.in_size:  # That of an empty container.
+        actual = self._layer.jacobian()
+        if _is_empty(actual):
             return
         twin = copy.deepcopy(self._layer)
-        each = [
-            torch.autograd.functional.jacobian(lambda x: twin(x.clone()), x)
-            for x in self._inputs.split(1)
-        ]
+        with torch.enable_grad():
+            each = [
+                torch.autograd.functional.jacobian(lambda x: twin(x.clone()), x)
+                for x in self._inputs.split(1)
+            ]
         expected = torch.block_diag(
             *[J.reshape(-1, self._inputs[0].numel()) for J in each]
         )
-        columns = torch.eye(actual.in_size).to(self._inputs)
+        rows = torch.eye(actual.in_size).to(self._inputs)
         largest = float(expected.abs().max())
-        if error := self._error(actual.forward(columns), expected, largest):
+        if error := self._error(actual.jvp(rows).T, expected, largest):
             yield f"jacobian, exact: it {error}"
 
+    @torch.no_grad()
     def _wrong_transposes(self) -> Iterator[str]:
         """A matrix is formed by transposes alone, so each is held against its map."""
-        for reading, batch in [("averaged", None), ("exact", len(self._inputs))]:
-            for name, jacobian in _jacobians(self._layer, batch):
-                columns = torch.eye(jacobian.in_size).to(self._inputs)
-                rows = torch.eye(jacobian.out_size).to(self._inputs)
-                matrix = jacobian.transpose(rows).T
-                largest = float(matrix.abs().max())
-                if error := self._error(jacobian.forward(columns), matrix, largest):
-                    yield f"{name}, {reading}: forward is not transpose's; it {error}"
+        for name, exact in _jacobians(self._layer):
+            for reading, J in [("averaged", exact.mean(Batch())), ("exact", exact)]:
+                expected = J.vjp(torch.eye(J.out_size).to(self._inputs))
+                found = J.jvp(torch.eye(J.in_size).to(self._inputs)).T
+                largest = float(expected.abs().max())
+                if error := self._error(found, expected, largest):
+                    yield f"{name}, {reading}: jvp is not vjp's transpose; it {error}"
 
 
 def _with_network_on_top(layer: HBPModule, inputs: Tensor) -> tuple[HBPSequential, int]:
@@ -318,17 +320,19 @@ def _require_curvature(expected: dict[str, Tensor]) -> None:
         )
 
 
-def _jacobians(layer: HBPModule, batch: int | None) -> Iterator[tuple[str, LinearMap]]:
+def _jacobians(layer: HBPModule) -> Iterator[tuple[str, Jacobian]]:
     """Every map that a pass through the layer, or through those inside it, reads."""
     for path, module in layer.named_modules():
         if not isinstance(module, HBPModule):
             continue
         of = f" of {path}" if path else ""
-        hessian_pass = HessianPass(None, batch)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        with torch.no_grad():
-            jacobian = module._jacobian(hessian_pass)
-            if jacobian.in_size:  # An empty container's has no size.
-                yield f"jacobian{of}", jacobian
-            for parameter, jacobian in module.parameter_jacobians(hessian_pass):
-                yield f"parameter_jacobians{of}, {names[id(parameter)]}", jacobian
+        if not _is_empty(jacobian := module.jacobian()):
+            yield f"jacobian{of}", jacobian
+        for parameter, jacobian in module.parameter_jacobians():
+            yield f"parameter_jacobians{of}, {names[id(parameter)]}", jacobian
+
+
+def _is_empty(J: Jacobian) -> bool:
+    """Whether it is that of a container without layers, which has no size."""
+    return isinstance(J, Chain) and not J.steps

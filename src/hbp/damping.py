@@ -7,8 +7,8 @@ from typing import Final
 
 from torch import Tensor
 
-from hbp.checks import is_number
-from hbp.optim.cg_newton import CGNewton
+from hbp.core.guards import is_number
+from hbp.core.newton import CGNewton
 
 RESOLUTION: Final = 1e-6
 """A float32 loss resolves no smaller relative change: below it, a ratio is noise."""

@@ -6,16 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from hbp.maps import ChainMap, LinearMap, SumMap
-from hbp.modules.base import HBPModule, HessianPass
-from hbp.operators import (
-    Congruence,
-    CrossTerms,
-    DenseOperator,
-    OperatorSum,
-    SymmetricOperator,
-    ZeroOperator,
-)
+from .jacobians import Chain, Jacobian, Rearrangement, Sum
+from .module import HBPModule, Reading
+from .operators import DenseOperator, OperatorSum, SymmetricOperator, ZeroOperator
 
 
 class HBPSequential(HBPModule, nn.Sequential):
@@ -27,34 +20,22 @@ class HBPSequential(HBPModule, nn.Sequential):
     children work as in ``torch.nn.Sequential``; without children it is the identity.
     """
 
-    def _send_back(
-        self,
-        output_hessian: SymmetricOperator,
-        hessian_pass: HessianPass,
-        compute_input_hessian: bool,
+    def pull_back(
+        self, H: SymmetricOperator, reading: Reading, further: bool
     ) -> SymmetricOperator | None:
-        hessian: SymmetricOperator | None = output_hessian
+        hessian: SymmetricOperator | None = H
         children = self._checked_children()
         while children and hessian is not None:
-            module = children.pop()
-            further = compute_input_hessian or _is_trainable(children)
-            hessian = module._send_back(hessian, hessian_pass, further)
-        return hessian if compute_input_hessian else None
+            child = children.pop()
+            below = further or _is_trainable(children)
+            hessian = child.pull_back(hessian, reading, below)
+        return hessian if further else None
 
-    def _collect(self, hessian_pass: HessianPass, compute_input_hessian: bool) -> None:
-        children = self._checked_children()
-        while children:
-            module = children.pop()
-            further = compute_input_hessian or _is_trainable(children)
-            module._collect(hessian_pass, further)
-            if not further:
-                break
-
-    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self) -> Jacobian:
         """The product of the children's Jacobians."""
-        maps = [child._jacobian(hessian_pass) for child in self._checked_children()]
+        maps = [child.jacobian() for child in self._checked_children()]
         # An empty Sequential is the identity, of no size of its own.
-        return ChainMap([step for step in maps if step.in_size], size=0)
+        return Chain([J for J in maps if not isinstance(J, Chain) or J.steps])
 
     def _checked_children(self) -> list[HBPModule]:
         """The children, once nothing in them would make their curvature wrong."""
@@ -66,7 +47,7 @@ class HBPSequential(HBPModule, nn.Sequential):
                     "curvature backward. Use HBP layers, or convert(model)."
                 )
             children.append(module)
-        _check_distinct(self)
+        _require_distinct(self)
         return children
 
 
@@ -131,82 +112,75 @@ class HBPResidual(HBPModule):
             )
         return self.record(input, through + past, keep=None, with_gradient=False)
 
-    def _send_back(
-        self,
-        output_hessian: SymmetricOperator,
-        hessian_pass: HessianPass,
-        compute_input_hessian: bool,
+    def pull_back(
+        self, H: SymmetricOperator, reading: Reading, further: bool
     ) -> SymmetricOperator | None:
-        _check_distinct(self)
-        self._check_pass()
-        self._check_hessian(output_hessian, hessian_pass)
+        _require_distinct(self)
+        self._require_usable(H, reading)
         for path in self._paths:
             if _is_trainable([path]):
-                path._send_back(output_hessian, hessian_pass, False)
-        if not compute_input_hessian:
-            return None
-        return self._input_hessian(output_hessian, hessian_pass)
-
-    def _collect(self, hessian_pass: HessianPass, compute_input_hessian: bool) -> None:
-        _check_distinct(self)
-        self._check_pass()
-        for path in self._paths:
-            if compute_input_hessian or _is_trainable([path]):
-                path._collect(hessian_pass, compute_input_hessian)
-        if compute_input_hessian:
-            self._jacobians(hessian_pass)
+                path.pull_back(H, reading, False)
+        return self.input_hessian(H, reading) if further else None
 
     @property
     def _paths(self) -> list[HBPModule]:
         return [self.branch] + ([] if self.shortcut is None else [self.shortcut])
 
-    def _input_hessian(
-        self, output_hessian: SymmetricOperator, hessian_pass: HessianPass
+    def input_hessian(
+        self, H: SymmetricOperator, reading: Reading
     ) -> SymmetricOperator:
-        detour = hessian_pass.without_blocks()
-        if not hessian_pass.is_exact and _averages_products(self):
-            return self._averaged_product(output_hessian, detour)
-        # A path's H_x for H_z = 0 is its second-order term.
-        zero = ZeroOperator(
-            output_hessian.shape[0], output_hessian.dtype, output_hessian.device
-        )
-        sent = [path._send_back(zero, detour, True) for path in self._paths]
-        terms = [term for term in sent if not isinstance(term, ZeroOperator | None)]
-        if isinstance(output_hessian, ZeroOperator):
-            size = self.last_record.input_shape[1:].numel() * hessian_pass.samples
-            zero = ZeroOperator(size, zero.dtype, zero.device)
-            return OperatorSum(terms) if terms else zero
-        first = Congruence(output_hessian, self._jacobian(hessian_pass))
+        if not reading.samples and _averages_products(self):
+            return self._averaged_product(H, reading)
+        # The paths are linear maps; what they send back for H = 0 is second-order terms.
+        sent = self._sent_back(ZeroOperator(H.shape[0], H), reading)
+        terms = [term for term in sent if not isinstance(term, ZeroOperator)]
+        first = reading.through(H, self.jacobian(), self)
+        if isinstance(first, ZeroOperator):
+            return OperatorSum(terms) if terms else first
         return OperatorSum([first, *terms]) if terms else first
 
     def _averaged_product(
-        self, output_hessian: SymmetricOperator, detour: HessianPass
+        self, H: SymmetricOperator, reading: Reading
     ) -> SymmetricOperator:
-        terms: list[SymmetricOperator] = []
-        for path in self._paths:
-            sent = path._send_back(output_hessian, detour, True)
-            assert sent is not None
-            terms.append(sent)
+        """E[JᵀHJ] of each path, and what couples them."""
+        terms = self._sent_back(H, reading)
         if self.shortcut is None:
-            terms.append(output_hessian)
-        branch, shortcut = self._jacobians(detour)
-        total = OperatorSum([*terms, CrossTerms(output_hessian, branch, shortcut)])
+            terms.append(H)
+        J = self.jacobian().mean(reading.batch)
+        total = OperatorSum([*terms, _CrossTerms(H, J)])
         # Its products take three of H_z, nine below the next shortcut, and so on.
         return DenseOperator(total.to_dense()) if total.fits else total
 
-    def _jacobians(self, hessian_pass: HessianPass) -> tuple[LinearMap, LinearMap]:
-        size = self.last_record.input_shape[1:].numel() * hessian_pass.samples
-        identity = ChainMap([], size)
-        paths = [path._jacobian(hessian_pass) for path in self._paths]
-        branch, shortcut = [*paths, identity][:2]
-        return (branch if branch.in_size else identity), shortcut
+    def _sent_back(
+        self, H: SymmetricOperator, reading: Reading
+    ) -> list[SymmetricOperator]:
+        """H_x of each path; the parameters have their blocks already."""
+        detour = reading.detour()
+        sent = [path.pull_back(H, detour, True) for path in self._paths]
+        return [hessian for hessian in sent if hessian is not None]
 
-    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
+    def jacobian(self) -> Sum:
         """The sum of the two paths' Jacobians."""
-        return SumMap(*self._jacobians(hessian_pass))
+        before, after = self.last_record.input_shape, self.last_record.output_shape
+        shapes = before[1:], after[1:], before[0]
+        branch, shortcut = self.branch.jacobian(), Rearrangement(*shapes)
+        past = shortcut if self.shortcut is None else self.shortcut.jacobian()
+        return Sum(branch, past, *shapes)
 
 
-def _check_distinct(module: nn.Module) -> None:
+class _CrossTerms(SymmetricOperator):
+    """AᵀHB + BᵀHA, by which (A + B)ᵀH(A + B) exceeds AᵀHA + BᵀHB; see eq-skip."""
+
+    def __init__(self, H: SymmetricOperator, J: Sum) -> None:
+        super().__init__(J.in_size, H, [*J.reads, *H.reads])
+        self._H, self._A, self._B = H, J.first, J.second
+
+    def product(self, rows: Tensor) -> Tensor:
+        A, B, H = self._A, self._B, self._H
+        return A.vjp(H.product(B.jvp(rows))) + B.vjp(H.product(A.jvp(rows)))
+
+
+def _require_distinct(module: nn.Module) -> None:
     """Raise unless every layer and every parameter occurs once."""
     name = type(module).__name__
     leaves = list(_leaves(module))
@@ -238,5 +212,5 @@ def _is_trainable(modules: Sequence[nn.Module]) -> bool:
 
 
 def _averages_products(module: nn.Module) -> bool:
-    choices = (getattr(m, "average_input_jacobian", True) for m in module.modules())
-    return not all(choices)
+    layers = (m for m in module.modules() if isinstance(m, HBPModule))
+    return not all(layer.average_input_jacobian for layer in layers)

@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbp.maps import BiasMap, ChainMap, DiagonalMap, LinearMap, ReplicateMap
-from hbp.modules.base import HBPModule, HessianPass
-from hbp.modules.general import GeneralRule
+from hbp.core.jacobians import Bias, Chain, Diagonal, Jacobian, Spread
+from hbp.core.module import HBPModule
+from hbp.layers.general import GeneralRule
 
 
 class BatchNormRule(HBPModule):
@@ -26,8 +26,7 @@ class BatchNormRule(HBPModule):
     by sample has no meaning: the Hessian pass asks for ``eval()``.
     """
 
-    average_parameter_jacobian: bool = True
-    num_features: int
+    schemes = ("average_parameter_jacobian",)
     eps: float
     weight: Any
     bias: Any
@@ -40,8 +39,8 @@ class BatchNormRule(HBPModule):
         output = super().forward(input)
         return self.record(input, output, None if by_batch else input, False)
 
-    def _check_pass(self) -> None:
-        super()._check_pass()
+    def check_record(self) -> None:
+        super().check_record()
         if not self.last_record.keeps:
             raise ValueError(
                 f"{self} normalised by the statistics of the batch, where samples "
@@ -49,41 +48,28 @@ class BatchNormRule(HBPModule):
                 "keep track_running_stats=True)."
             )
 
-    @property
-    def _inverse_deviation(self) -> Tensor:
-        """1/√(σ² + ε), [C]."""
-        inverse: Tensor = (self.running_var + self.eps).rsqrt()
-        return inverse
-
-    @property
-    def _positions(self) -> int:
-        return self.last_record.input_shape[2:].numel()
-
-    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
-        scale = self._inverse_deviation
-        if self.weight is not None:
-            scale = scale * self.weight
-        spread = scale.repeat_interleave(self._positions)
-        return DiagonalMap(spread.repeat(hessian_pass.samples))
-
-    def parameter_jacobians(
-        self, hessian_pass: HessianPass
-    ) -> Iterable[tuple[Tensor, LinearMap]]:
-        if self.weight is None:
-            return
+    def _normed(self) -> tuple[Tensor, Tensor]:
+        """x̂, [N, C, positions], and 1/√(σ² + ε), [C, 1]."""
+        inverse = (self.running_var + self.eps).rsqrt().unsqueeze(1)
         x = self.last_record.kept
         x = x.reshape(*x.shape[:2], -1)
-        deviation = self._inverse_deviation.unsqueeze(1)
-        normed = (x - self.running_mean.unsqueeze(1)) * deviation
-        values = hessian_pass.finite(hessian_pass.mean(normed), "input", self)
-        spread = BiasMap(hessian_pass.samples, self.num_features, self._positions)
-        yield self.weight, ChainMap([spread, DiagonalMap(values)], spread.in_size)
-        yield self.bias, spread
+        return (x - self.running_mean.unsqueeze(1)) * inverse, inverse
 
-    def extra_repr(self) -> str:
-        """The layer's options and its batch scheme."""
-        scheme = f"avg_param_jac: {self.average_parameter_jacobian}"
-        return f"{super().extra_repr()}, {scheme}"
+    def jacobian(self) -> Jacobian:
+        normed, scale = self._normed()
+        if self.weight is not None:
+            scale = scale * self.weight.unsqueeze(1)
+        shape = self.last_record.input_shape
+        return Diagonal(scale.expand_as(normed).reshape(shape))
+
+    def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
+        normed, _ = self._normed()
+        if self.weight is None:
+            return
+        shape = self.last_record.output_shape
+        spread = Bias(self.weight.shape, shape[1:], shape[0])
+        yield self.weight, Chain([spread, Diagonal(normed.reshape(shape))])
+        yield self.bias, spread
 
 
 class HBPBatchNorm1d(BatchNormRule, nn.BatchNorm1d):
@@ -108,18 +94,14 @@ class HBPLayerNorm(GeneralRule, nn.LayerNorm):
         H_γ = BᵀH_z B, B = diag(x̂) over the normalised groups        H_β = H_z, summed
     """
 
-    average_parameter_jacobian: bool = True
+    schemes = ("average_input_jacobian", "average_parameter_jacobian")
 
-    def parameter_jacobians(
-        self, hessian_pass: HessianPass
-    ) -> Iterable[tuple[Tensor, LinearMap]]:
+    def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
         if self.weight is None:
             return
         x = self.last_record.kept
         normed = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        values = hessian_pass.finite(hessian_pass.mean(normed), "input", self)
-        groups = len(values) // self.weight.numel()
-        spread = ReplicateMap(groups, self.weight.numel())
-        yield self.weight, ChainMap([spread, DiagonalMap(values)], spread.in_size)
+        spread = Spread(self.weight.shape, x.shape[1:], len(x))
+        yield self.weight, Chain([spread, Diagonal(normed)])
         if self.bias is not None:
             yield self.bias, spread

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbp.maps import LinearMap, SelectionMap
-from hbp.modules.base import HBPModule, HessianPass
-from hbp.modules.shape import LinearRule
+from ..jacobians import Jacobian, Selection
+from ..module import HBPModule
+from .shape import LinearRule
 
 
 class HBPAvgPool1d(LinearRule, nn.AvgPool1d):
@@ -38,7 +38,22 @@ class HBPAdaptiveAvgPool3d(LinearRule, nn.AdaptiveAvgPool3d):
     """``torch.nn.AdaptiveAvgPool3d`` that sends curvature backward."""
 
 
-class MaxPoolRule(HBPModule):
+class SpatialRule(HBPModule):
+    """A layer of images: it takes [N, C, ...] with as many dimensions as it has."""
+
+    dimensions: int
+
+    def check_record(self) -> None:
+        super().check_record()
+        shape = self.last_record.input_shape
+        if len(shape) != self.dimensions + 2:
+            raise ValueError(
+                f"{self} got an input of shape {list(shape)}. Its curvature rules need "
+                "a batch dimension: inputs.unsqueeze(0) for one sample."
+            )
+
+
+class MaxPoolRule(SpatialRule):
     """z_p = max of x over the window of position p: z = Πx, Π selects.
 
     [Rule][eq-selection] (Dangel, Harmeling & Hennig 2020): H_x = Πᵀ H_z Π, no
@@ -49,8 +64,7 @@ class MaxPoolRule(HBPModule):
     ``average_input_jacobian=False`` E[Πᵀ H̄ Π].
     """
 
-    average_input_jacobian: bool = True
-    dimensions: int
+    schemes = ("average_input_jacobian",)
     # int, or one for each dimension; torch's classes declare them in several ways.
     kernel_size: Any
     stride: Any
@@ -68,77 +82,41 @@ class MaxPoolRule(HBPModule):
         output = super().forward(input)
         return self.record(input, output, keep=input, with_gradient=False)
 
-    def _check_pass(self) -> None:
-        super()._check_pass()
-        shape = self.last_record.input_shape
-        if len(shape) != self.dimensions + 2:
-            raise ValueError(
-                f"{self} got an input of shape {list(shape)}. Its curvature rules need "
-                "a batch dimension: inputs.unsqueeze(0) for one sample."
-            )
-
-    def _chosen(self) -> Tensor:
-        """Which position of its plane is the maximum, [N, C, positions]."""
-        x = self.last_record.kept
-        pools = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
-        pool: Callable[..., tuple[Tensor, Tensor]] = pools[x.dim()]
+    def jacobian(self) -> Jacobian:
+        x, z = self.last_record.kept, self.last_record.output_shape
+        pools = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+        pool: Callable[..., tuple[Tensor, Tensor]] = pools[self.dimensions]
         options = self.kernel_size, self.stride, self.padding, self.dilation
         _, index = pool(x, *options, self.ceil_mode, return_indices=True)
-        return index.flatten(2)
+        channels, plane = x.shape[1], x.shape[2:].numel()
+        starts = torch.arange(channels, device=x.device)[:, None] * plane
+        windows = self._windows(x.shape[2:], z[2:], x.device)
+        # Every channel has its own plane: [C, positions, places], -1 in the padding.
+        places = (windows + starts[..., None]).where(windows >= 0, -1)
+        index = (index.flatten(2) + starts).flatten(1)
+        return Selection(index, places.flatten(0, 1), x.shape[1:], z[1:], x.dtype)
 
-    def jacobian(self, hessian_pass: HessianPass) -> LinearMap:
-        chosen = hessian_pass.once(self.last_record, self._chosen)
-        x = self.last_record.kept
-        samples, channels, _ = chosen.shape
-        plane = x[0, 0].numel()
-        starts = torch.arange(samples * channels, device=x.device) * plane
-        if hessian_pass.is_exact:
-            picks = chosen.flatten(0, 1) + starts.unsqueeze(1)
-            ones = x.new_ones(picks.numel(), 1)
-            return SelectionMap(picks.reshape(-1, 1), ones, x.numel())
-        windows = self._windows(x.device)
-        counts = self._counts(chosen, windows).to(x.dtype)
-        share = hessian_pass.mean_of_sum(counts, samples)
-        index = windows.clamp(min=0) + starts[:channels].reshape(-1, 1, 1)
-        return SelectionMap(index.flatten(0, 1), share.flatten(0, 1), x[0].numel())
-
-    def _counts(self, chosen: Tensor, windows: Tensor) -> Tensor:
-        """How often each place of a window was the maximum, [C, positions, places]."""
-        return (chosen.unsqueeze(3) == windows).sum(0)
-
-    def _windows(self, device: torch.device) -> Tensor:
+    def _windows(
+        self, sizes: torch.Size, counts: torch.Size, device: torch.device
+    ) -> Tensor:
         """The positions of x under each window, [positions, places]; -1 in the padding.
 
         Positions count through a plane of x, as the indices of torch's pooling do.
         """
-        record = self.last_record
-        places = torch.zeros(1, 1, dtype=torch.long, device=device)
-        outside = torch.zeros(1, 1, dtype=torch.bool, device=device)
-        sizes, counts = record.input_shape[2:], record.output_shape[2:]
+        grid = torch.arange(sizes.numel(), device=device).view(sizes)
         options = self.kernel_size, self.stride, self.padding, self.dilation
         for d, (size, count) in enumerate(zip(sizes, counts, strict=True)):
             kernel, stride, padding, dilation = (_of_dimension(o, d) for o in options)
             first = torch.arange(count, device=device) * stride - padding
             at = first[:, None] + torch.arange(kernel, device=device) * dilation
-            # [P, K] and [count, kernel] → [P · count, K · kernel]
-            places = _combine(places * size, at)
-            beyond = (at < 0) | (at >= size)
-            outside = _combine(outside.long(), beyond.long()) > 0
-        return places.masked_fill(outside, -1)
-
-    def extra_repr(self) -> str:
-        """The layer's options and its batch scheme."""
-        return f"{super().extra_repr()}, avg_input_jac: {self.average_input_jacobian}"
+            # Dimension d becomes [count, kernel]; the kernel goes to the end.
+            grid = grid.movedim(d, -1)[..., at.clamp(0, size - 1)]
+            grid = grid.masked_fill((at < 0) | (at >= size), -1).movedim(-2, d)
+        return grid.flatten(len(sizes)).flatten(0, len(sizes) - 1)
 
 
 def _of_dimension(option: int | Sequence[int], d: int) -> int:
     return option if isinstance(option, int) else option[d]
-
-
-def _combine(first: Tensor, second: Tensor) -> Tensor:
-    """a_pk + b_ql as one matrix, [p · q, k · l]."""
-    total = first[:, None, :, None] + second[None, :, None, :]
-    return total.flatten(2).flatten(0, 1)
 
 
 class HBPMaxPool1d(MaxPoolRule, nn.MaxPool1d):

@@ -1,0 +1,332 @@
+"""Conjugate gradients on many systems at once: one for each row.
+
+The systems of an optimizer step are small and many, so their vectors are the rows of
+one matrix, and every vector operation of the iteration serves all of them. Scalars stay
+on the device. A row that is done is frozen by steps of length zero; the host looks every
+few iterations, and the rows that it finds done leave.
+
+It differs from ``scipy.sparse.linalg.cg`` where a Newton method needs it to: negative
+curvature ends the iteration with the last good iterate, ``maxiter`` bounds the
+*products* with A, and the result says what happened. It knows product functions only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .guards import full_precision, is_count, is_narrow, is_number, require_floats
+
+Product = Callable[[Tensor], Tensor]
+
+
+class SupportsProduct(Protocol):
+    """Anything that multiplies a vector with ``@``."""
+
+    def __matmul__(self, vector: Tensor, /) -> Tensor:
+        """The product A v, [n]."""
+
+
+class Solution(NamedTuple):
+    """What the iteration ends with: rows, or one number for each row, on the device.
+
+    Attributes:
+        x: The last iterates, [systems, width].
+        iterations: Steps taken.
+        residual_norm: ‖b - A x‖ as the recurrence knows it. It or ``x`` is not finite
+            where A or b is not.
+        converged: Whether residual_norm ≤ target.
+        negative_curvature: Whether the row ended at a direction p with pᵀAp ≤ 0.
+        on_boundary: Whether the row ended at ‖x‖ = radius.
+        overlap: xᵀ(b - A x) there; elsewhere it is round-off, and 0 here.
+    """
+
+    x: Tensor
+    iterations: Tensor
+    residual_norm: Tensor
+    converged: Tensor
+    negative_curvature: Tensor
+    on_boundary: Tensor
+    overlap: Tensor
+
+
+class CGResult(NamedTuple):
+    """What ``cg`` returns.
+
+    Attributes:
+        x: The last iterate, [n].
+        iterations: Steps taken.
+        residual_norm: ‖b - A x‖ as the recurrence knows it.
+        converged: whether residual_norm ≤ max(tol·‖b‖, atol).
+        negative_curvature: whether the iteration ended at a direction p with
+            pᵀAp ≤ 0, where A is not positive definite.
+        on_boundary: whether the iteration ended at ‖x‖ = trust_radius.
+    """
+
+    x: Tensor
+    iterations: int
+    residual_norm: float
+    converged: bool
+    negative_curvature: bool
+    on_boundary: bool = False
+
+
+class _State(NamedTuple):
+    """The iteration, row by row, in units of each row; all but the vectors [k, 1]."""
+
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    rr: Tensor
+    target: Tensor
+    radius: Tensor
+    iterations: Tensor
+    bent: Tensor
+    left: Tensor
+    unit: Tensor
+
+
+@torch.no_grad()
+def cg_rows(
+    product_of: Callable[[Sequence[int]], Product],
+    b: Tensor,
+    tol: float,
+    atol: Tensor | float,
+    maxiter: int,
+    radius: Tensor | None = None,
+    check_every: int = 1,
+) -> Solution:
+    """Solve A_i x_i = b_i for every row i, from 0, until ‖r_i‖ ≤ max(tol ‖b_i‖, atol_i).
+
+    [The iteration][eq-cg] is that of Hestenes & Stiefel 1952.
+
+    Args:
+        product_of: For indices of rows, the function that multiplies these rows.
+        b: [systems, width].
+        tol: Relative tolerance.
+        atol: Absolute tolerance, for all rows or [systems, 1].
+        maxiter: At most this many products.
+        radius: ‖x_i‖ ≤ radius_i, [systems, 1]; see ``cg``. ``None`` for no bound.
+        check_every: Iterations between two looks of the host.
+    """
+    state = _start(b, tol, atol, radius)
+    final, live = _State(*(part.clone() for part in state)), list(range(len(b)))
+    product = product_of(live)
+    active = ~(state.rr <= state.target)  # A row of NaN runs, and says so.
+    for iteration in range(maxiter + 1):
+        if iteration % check_every == 0 or iteration == maxiter:
+            running = active.flatten().tolist()  # The host waits here.
+            if iteration == maxiter:
+                running = [False] * len(running)
+            if not all(running):
+                keep = torch.tensor(running, device=b.device)
+                places = torch.tensor(live, device=b.device)[~keep]
+                for whole, part in zip(final, state, strict=True):
+                    whole[places] = part[~keep]
+                if not any(running):
+                    break
+                state, active = _State(*(part[keep] for part in state)), active[keep]
+                live = [i for i, runs in zip(live, running, strict=True) if runs]
+                product = product_of(live)
+        active = _iterate(state, product, active, radius is not None)
+    x, r, _, rr, target, _, iterations, bent, left, unit = final
+    overlap = torch.where(left, (x * r).sum(1, keepdim=True), 0).double() * unit * unit
+    facts = iterations, rr.sqrt() * unit, rr <= target, bent, left, overlap
+    return Solution(x * unit, *(fact.squeeze(1) for fact in facts))
+
+
+def _start(
+    b: Tensor, tol: float, atol: Tensor | float, radius: Tensor | None
+) -> _State:
+    # In units of a power of 2 near max|b|: exact, and no square over- or underflows.
+    unit = torch.exp2(torch.frexp(b.abs().amax(1, keepdim=True)).exponent.to(b.dtype))
+    r, zero = b / unit, torch.zeros_like(unit)
+    # A radius that underflows would make x / radius NaN.
+    tiny = torch.finfo(b.dtype).tiny
+    bound = zero if radius is None else (radius / unit).clamp(min=tiny)
+    rr, no = _dot(r, r), zero > 0
+    target = torch.maximum(tol * tol * rr, (atol / unit).square())
+    vectors = torch.zeros_like(b), r, r.clone()
+    return _State(*vectors, rr, target, bound, zero, no, no.clone(), unit)
+
+
+def _iterate(state: _State, product: Product, active: Tensor, bounded: bool) -> Tensor:
+    """One step of every active row, in place; which rows are active then."""
+    x, r, p, rr, target, radius, iterations, bent, left, _ = state
+    Ap = product(p)
+    curvature = _dot(p, Ap)
+    advances, step = curvature > 0, rr / curvature
+    bent |= active & (curvature <= 0)
+    if bounded:  # No row beyond its boundary; a direction that bends leads there.
+        longest = to_boundary(x, p, radius)
+        leaves = active & (bent | (step >= longest))
+        left |= leaves
+        advances, step = advances | leaves, torch.where(leaves, longest, step)
+    active = active & advances
+    # A row that is done takes steps of length 0. One that has met NaN or infinity
+    # becomes NaN all over (0 · NaN is NaN), and so says what happened.
+    step = torch.where(active, step, 0)
+    x.addcmul_(step, p)
+    r.addcmul_(step, Ap, value=-1)
+    iterations += active
+    new = _dot(r, r)
+    active = active & (new > target) & ~left
+    torch.addcmul(r, p, torch.where(active, new / rr, 0), out=p)
+    rr.copy_(new)
+    return active
+
+
+def to_boundary(x: Tensor, p: Tensor, radius: Tensor) -> Tensor:
+    """The τ ≥ 0 with ‖x + τp‖ = radius, for ‖x‖ ≤ radius and xᵀp ≥ 0; row by row.
+
+    This is eq-boundary, in units of the radius and of ‖p‖, so that no square over- or
+    underflows. Of the two forms of the root, this one does not subtract.
+    """
+    length = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
+    x, p = x / radius, p / length
+    slope = (x * p).sum(-1, keepdim=True)
+    gap = (1 - (x * x).sum(-1, keepdim=True)).clamp(min=0)
+    return gap / (slope + (slope * slope + gap).sqrt()) * (radius / length)
+
+
+@torch.no_grad()
+@full_precision()
+def cg(
+    A: SupportsProduct,
+    b: Tensor,
+    x0: Tensor | None = None,
+    tol: float = 1e-5,
+    atol: float = 0.0,
+    maxiter: int | None = None,
+    trust_radius: float | None = None,
+) -> CGResult:
+    """Solve A x = b for a symmetric positive definite A.
+
+    The iteration [stops][eq-stopping] as soon as ‖r‖ ≤ max(tol·‖b‖, atol), like
+    ``scipy.sparse.linalg.cg(A, b, rtol=tol, atol=atol)``.
+
+    With a trust radius, as Steihaug 1983: where a step would leave the ball, and where
+    a direction has no positive curvature, the iteration goes along it [to the
+    boundary][eq-boundary] and ends there. So A may be indefinite.
+
+    Args:
+        A: Symmetric operator or matrix, [n, n]; only ``A @ v`` is used.
+        b: Right-hand side, [n]. If it is zero, the solution 0 is returned at once.
+        x0: Start, [n], left unchanged; ``None`` means 0. A given start costs one
+            product.
+        tol: Relative tolerance, positive.
+        atol: Absolute tolerance, not negative.
+        maxiter: At most this many products with A; ``None`` means 10 n.
+        trust_radius: Bound on ‖x‖, positive; ``None`` means no bound. It needs x0 =
+            ``None``: only from 0 do the iterates grow in norm.
+
+    Returns:
+        The last iterate and what happened, see ``CGResult``.
+
+    Raises:
+        TypeError: A has no product, or b or x0 is no tensor.
+        ValueError: an option is out of range, or shapes, dtypes or devices do not fit.
+        ArithmeticError: b, x0 or a product contains NaN or infinity.
+    """
+    check_cg_options(tol, atol, maxiter)
+    check_trust_radius(trust_radius)
+    if trust_radius is not None and x0 is not None:
+        raise ValueError(
+            f"trust_radius={trust_radius!r} needs a start at 0. Use x0=None."
+        )
+    _check_shapes(A, b)
+    budget = 10 * b.numel() if maxiter is None else maxiter
+    r = b
+    if x0 is not None and bool(b.any()):
+        _check_start(x0, b)
+        atol = max(tol * float(torch.linalg.vector_norm(b, dtype=torch.float64)), atol)
+        r, tol, budget = b - A @ x0, 0.0, budget - 1
+    radius = None if trust_radius is None else b.new_full((1, 1), trust_radius)
+    found = cg_rows(
+        lambda _: lambda p: (A @ p[0])[None], r[None], tol, atol, budget, radius
+    )
+    x = found.x[0] if x0 is None or r is b else found.x[0] + x0
+    if not bool(torch.cat([x, found.residual_norm]).isfinite().all()):
+        raise ArithmeticError(
+            "Conjugate gradients met NaN or infinity: A, b or x0 contains it, or their "
+            "numbers are too large for their dtype."
+        )
+    iterations, residual, *facts = (fact.item() for fact in found[1:6])
+    return CGResult(x, int(iterations), residual, *facts)
+
+
+def check_cg_options(
+    tol: float, atol: float, maxiter: int | None, prefix: str = ""
+) -> None:
+    """Raise ValueError naming the first of the options that is unusable."""
+    if not (is_number(tol) and tol > 0):
+        raise ValueError(
+            f"{prefix}tol={tol!r} must be positive: the solver stops at a residual of "
+            "tol·‖b‖. Use 1e-5 for an accurate solve, 0.1 for a cheap one."
+        )
+    if not (is_number(atol) and atol >= 0):
+        raise ValueError(
+            f"{prefix}atol={atol!r} must not be negative. Use 0.0 to stop by "
+            f"{prefix}tol alone."
+        )
+    if maxiter is not None and not is_count(maxiter):
+        raise ValueError(
+            f"{prefix}maxiter={maxiter!r} must be a positive integer, or None for ten "
+            "times the number of unknowns."
+        )
+
+
+def check_trust_radius(radius: float | None) -> None:
+    """Raise ValueError if the trust radius is unusable."""
+    is_real = is_number(radius) and not isinstance(radius, bool)
+    if radius is not None and not (is_real and 0 < float(radius) < math.inf):
+        raise ValueError(
+            f"trust_radius={radius!r} must be a positive finite number: it bounds the "
+            "norm of the solution. Use None for no bound."
+        )
+
+
+def _check_shapes(A: SupportsProduct, b: Tensor) -> None:
+    require_floats("b", b)
+    if b.dim() != 1 or b.numel() == 0:
+        raise ValueError(f"b must be a vector [n], got shape {list(b.shape)}.")
+    if is_narrow(b.dtype):
+        raise ValueError(
+            f"b is {b.dtype}, too coarse for conjugate gradients. Convert A and b with "
+            ".float()."
+        )
+    shape = tuple(getattr(A, "shape", (len(b), len(b))))
+    if shape != (len(b), len(b)):
+        raise ValueError(
+            f"A has shape {list(shape)}, but b has {len(b)} entries: "
+            f"[{len(b)}, {len(b)}] is needed."
+        )
+    if not hasattr(type(A), "__matmul__"):
+        raise TypeError(
+            f"A is a {type(A).__name__}, which has no product A @ v. Wrap a function "
+            "as hbp.operators.MatrixFree(...)."
+        )
+    kind = getattr(A, "dtype", b.dtype), getattr(A, "device", b.device)
+    if kind != (b.dtype, b.device):
+        raise ValueError(
+            f"A is {kind[0]} on {kind[1]}, but b is {b.dtype} on {b.device}. Convert "
+            "one with .to(...)."
+        )
+
+
+def _check_start(x0: Tensor, b: Tensor) -> None:
+    require_floats("x0", x0)
+    if x0.shape != b.shape or x0.dtype != b.dtype or x0.device != b.device:
+        raise ValueError(
+            f"x0 is {list(x0.shape)}, {x0.dtype} on {x0.device}; it must match b: "
+            f"{list(b.shape)}, {b.dtype} on {b.device}."
+        )
+
+
+def _dot(u: Tensor, v: Tensor) -> Tensor:
+    """Inner products row by row, [k, n] → [k, 1]."""
+    return (u * v).sum(1, keepdim=True)

@@ -1,0 +1,52 @@
+"""The fully-connected layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ..jacobians import Bias, Jacobian, Matrix, Weight
+from ..module import HBPModule
+
+
+class HBPLinear(HBPModule, nn.Linear):
+    """``torch.nn.Linear``, z = Wx + b, that sends curvature backward.
+
+    [Rules][eq-linear] (Dangel, Harmeling & Hennig 2020; W flattened row-major):
+
+        H_x = Wᵀ H_z W
+        H_W = H_z ⊗ x xᵀ        H_b = H_z
+
+    z is linear in x and in (W, b), so there is no second-order term. Over a batch, the
+    weight block is H̄ ⊗ x̄x̄ᵀ, or with ``average_parameter_jacobian=False``
+    H̄ ⊗ E[xxᵀ], see ``set_hbp_approximation``. H_x and H_b are the same in both. Exact
+    products sum H_z ⊗ x xᵀ over the samples.
+
+    Arguments are those of ``torch.nn.Linear``. The Hessian pass takes inputs of shape
+    [N, in_features].
+    """
+
+    schemes = ("average_parameter_jacobian",)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """z = Wx + b, [N, in_features] → [N, out_features]."""
+        return self.record(input, super().forward(input), keep=input)
+
+    def jacobian(self) -> Jacobian:
+        return Matrix(self.weight, self.last_record.output_shape[0])
+
+    def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
+        x, delta = self.last_record.kept, self.last_record.output_gradient
+        yield self.weight, Weight(x, self.out_features, delta)
+        if self.bias is not None:
+            yield self.bias, Bias(self.bias.shape, self.bias.shape, len(x))
+
+    def check_record(self) -> None:
+        super().check_record()
+        shape = self.last_record.input_shape
+        if len(shape) != 2:
+            raise ValueError(
+                f"{self} got an input of shape {list(shape)}. Its curvature rules "
+                "need [N, in_features]; flatten the dimensions between into the batch."
+            )

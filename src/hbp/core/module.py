@@ -1,0 +1,614 @@
+"""A layer: what it remembers of a forward pass, and how curvature passes through it.
+
+A layer z = f(x, θ) states three rules, for every sample of the batch: ∂z/∂x, ∂z/∂θ and
+the diagonal of Σ_k ∇²z_k δ_k, δ = ∂loss/∂z. Hessian backpropagation is then, for every
+layer, eq-hbp of Dangel, Harmeling & Hennig 2020 (arXiv 1902.01813),
+
+    H_θ = J_θᵀ H_z J_θ        H_x = J_xᵀ H_z J_x + mod(diag(Σ_k ∇²z_k δ_k)),
+
+and what mod does decides which curvature matrix travels backward:
+
+| treatment | mod(r) | curvature matrix |
+|---|---|---|
+| ``None``, ``"none"`` | r | Hessian; can be indefinite |
+| ``"zero"`` | 0 | generalized Gauss-Newton (GGN) |
+| ``"abs"`` | absolute value of r | positive-curvature Hessian (PCH) |
+| ``"clip"`` | max(r, 0) | the other PCH |
+
+It acts on eigenvalues (eq-mod), of which a diagonal matrix has its entries. Where the
+batch is averaged, r is *summed first and modified after* ("abs of the mean",
+eq-sum-then-modify), which is not the sum of the samples' PCHs (eq-two-pchs).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from itertools import chain
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from .guards import full_precision, is_narrow, is_number, widened
+from .jacobians import Batch, Jacobian, as_batch
+from .operators import (
+    DiagonalOperator,
+    SampleBlocks,
+    SymmetricOperator,
+    ZeroOperator,
+    as_operator,
+    attach_hessian,
+)
+
+Modify = Callable[[Tensor], Tensor]
+"""mod: the eigenvalues of a second-order term, modified."""
+
+TREATMENTS: Final[dict[str | None, Modify | None]] = {
+    None: lambda r: r,
+    "none": lambda r: r,
+    "zero": None,
+    "abs": torch.abs,
+    "clip": lambda r: r.clamp(min=0),
+}
+
+
+@dataclass
+class Reading:
+    """One Hessian pass: how it reads the batch, and the blocks it collects.
+
+    Attributes:
+        modify: mod, or None to drop second-order terms.
+        nonnegative: Whether mod leaves nothing negative.
+        samples: N if nothing is averaged, and None for averaged curvature.
+        batch: Where means come from.
+        blocks: The curvature that will be left on each parameter.
+        statistics: What has to be finite: a tensor, its name, and whose it is.
+    """
+
+    modify: Modify | None
+    nonnegative: bool
+    samples: int | None
+    batch: Batch
+    blocks: dict[Tensor, SymmetricOperator] = field(default_factory=dict)
+    statistics: list[tuple[Tensor, str, nn.Module]] = field(default_factory=list)
+
+    def through(
+        self,
+        H: SymmetricOperator,
+        J: Jacobian,
+        layer: HBPModule,
+        average: bool = True,
+        term: SymmetricOperator | None = None,
+    ) -> SymmetricOperator:
+        """JᵀHJ + R as the batch is read: exact, E[J]ᵀ H E[J] + R, or E[JᵀHJ] + R."""
+        if isinstance(H, ZeroOperator):
+            features = J.in_shape.numel() * (self.samples or 1)
+            return ZeroOperator(features, H) if term is None else term
+        if average and not self.samples:
+            J = J.mean(self.batch)
+        what = "input" if J.of_parameter else "derivative"
+        self.statistics += [(tensor, what, layer) for tensor in J.statistics]
+        if average or self.samples:
+            return J.congruence(H, term)
+        return J.mean_congruence(H, term, self.batch)
+
+    def term(self, second_order: Tensor, layer: HBPModule) -> SymmetricOperator:
+        """mod(diag(Σ_k ∇²z_k δ_k)), from [N, ...]; averaged: summed, then modified."""
+        assert self.modify is not None
+        total = self.totalled(second_order, layer)
+        return DiagonalOperator(self.modify(total).flatten(), self.nonnegative)
+
+    def totalled(self, second_order: Tensor, layer: HBPModule) -> Tensor:
+        """What mod gets: the samples' terms, [N, ...], or their sum, [1, ...]."""
+        total = second_order if self.samples else self.batch.total(second_order)
+        self.statistics.append((total, "second-order term", layer))
+        return total
+
+    def detour(self) -> Reading:
+        """The same reading, for a passage that leaves nothing on the parameters."""
+        return replace(self, blocks={})
+
+    def require_finite(self) -> None:
+        """Raise ArithmeticError if a statistic contains NaN or infinity.
+
+        On a GPU a look waits for all that was launched before it, so there is only one.
+        """
+        if not self.statistics:
+            return
+        norm = torch.linalg.vector_norm
+        largest = torch.stack([norm(t, math.inf) for t, _, _ in self.statistics])
+        for size, (_, what, layer) in zip(
+            largest.tolist(), self.statistics, strict=True
+        ):
+            if not math.isfinite(size):
+                raise ArithmeticError(
+                    f"The {what} of {layer} contains NaN or infinity. Check the "
+                    "inputs, the weights and the loss of the last forward pass."
+                )
+
+
+class Record:
+    """What a forward and a backward pass leave behind for the Hessian pass.
+
+    Tensors are kept by reference, without their graph. Half precision is widened.
+
+    Args:
+        input: x, [N, ...].
+        output: z, [N, ...].
+        keep: The one of them that the layer's rules need, or None.
+        state: The layer's own parameters and buffers.
+        with_gradient: Whether to keep δ, and to insist on it.
+
+    Attributes:
+        input_shape: [N, ...] of x.
+        output_shape: [N, ...] of z.
+        kind: dtype of the curvature w.r.t. z, at least float32, and its device.
+        output_gradient: δ = ∂loss/∂z, [N, ...], once ``loss.backward()`` has run. It
+            carries the 1/N of a mean loss.
+        keeps: Whether there is something kept.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        output: Tensor,
+        keep: Tensor | None,
+        state: Iterable[Tensor],
+        with_gradient: bool,
+    ) -> None:
+        self.input_shape, self.output_shape = input.shape, output.shape
+        self.kind = widened(output.dtype), output.device
+        self.output_gradient: Tensor | None = None
+        self.keeps = keep is not None
+        if keep is not None:
+            self._kept, self._version = keep.detach(), keep._version
+        self._state = [(tensor, tensor._version) for tensor in state]
+        self._accumulated = False
+        self._successor: Callable[[], Record | None] = lambda: None
+        self._expects_gradient = with_gradient and output.requires_grad
+        if self._expects_gradient:
+            output.register_hook(self._save_output_gradient)
+
+    def _save_output_gradient(self, gradient: Tensor) -> None:
+        """Tensor hook on z. Only a plain ``loss.backward()`` counts.
+
+        An output Hessian too differentiates w.r.t. z, but with gradients enabled.
+        """
+        if torch.is_grad_enabled():
+            return
+        self.output_gradient = gradient.detach().to(widened(gradient.dtype))
+        # The hook runs before this backward pass adds to p.grad: what is there already
+        # comes from another one. (In torch.func.functional_call p may be no leaf.)
+        gradients = [p.grad for p, _ in self._state if p.is_leaf and p.grad is not None]
+        self._accumulated |= any(bool(g.any()) for g in gradients)
+        if (successor := self._successor()) is not None:
+            successor._accumulated = True
+
+    def succeeded_by(self, record: Record) -> None:
+        """Let the layer's next forward pass know if this one's gradient comes late."""
+        self._successor = weakref.ref(record)
+
+    @property
+    def kept(self) -> Tensor:
+        """x or z, [N, ...], as the layer chose.
+
+        Raises:
+            RuntimeError: it was overwritten, and its curvature would be wrong.
+        """
+        if self._kept._version != self._version:
+            raise RuntimeError(
+                f"An input or output of shape {list(self._kept.shape)} was changed in "
+                "place after the forward pass, and its curvature with it. Call "
+                "backward_hessian() before overwriting it, or use an out-of-place "
+                "operation."
+            )
+        return self._kept.to(widened(self._kept.dtype))
+
+    def delta_of(self, layer: nn.Module) -> Tensor:
+        """δ, [N, ...], for a second-order term.
+
+        Raises:
+            RuntimeError: nothing in front of the layer requires a gradient.
+        """
+        if self.output_gradient is None:
+            raise RuntimeError(
+                f"The second-order term of {layer} needs the gradient w.r.t. its "
+                "output, but nothing before it requires one. Call "
+                "inputs.requires_grad_() before the forward pass, or choose 'zero'."
+            )
+        return self.output_gradient
+
+    def require_usable(self, layer: nn.Module) -> None:
+        """Raise unless a forward and a backward pass have left what a pass needs."""
+        before, after = self.input_shape, self.output_shape
+        if len(before) < 2 or len(after) < 2 or before[0] != after[0]:
+            raise ValueError(
+                f"{layer} mapped {list(before)} to {list(after)}. The Hessian pass "
+                "needs [N, features...] on both sides: samples first."
+            )
+        if after[0] == 0:
+            raise ValueError(f"The batch that went through {layer} is empty.")
+        if self._expects_gradient and self.output_gradient is None:
+            raise RuntimeError(
+                f"backward_hessian() of {layer} before loss.backward(). Call "
+                "loss.backward() first (without create_graph)."
+            )
+        for tensor, version in self._state:
+            if is_narrow(tensor.dtype):
+                raise TypeError(
+                    f"{layer} has parameters or buffers in {tensor.dtype}, too coarse "
+                    "for curvature and for the steps it gives. Keep the model in "
+                    "float32, as by model.float(), and compute outputs and loss under "
+                    f"torch.autocast(device_type, dtype={tensor.dtype})."
+                )
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"A parameter or buffer of {layer} has changed since the forward "
+                    "pass, and its curvature with it. Call backward_hessian() before "
+                    "optimizer.step()."
+                )
+        if self._accumulated:
+            raise RuntimeError(
+                f"The gradients of {layer} are a sum over several passes, but "
+                "curvature is known for the last one only. Call zero_grad() before "
+                "each loss.backward(); for a larger batch, use one forward pass."
+            )
+
+
+class HBPModule(nn.Module):
+    """Base of every layer that sends curvature backward.
+
+    A layer inherits from this class first and from its ``torch.nn`` counterpart
+    second. It gives a ``forward`` that ends in ``return self.record(x, z, keep=...)``,
+    the rule ``jacobian`` and, where they apply, ``second_order`` and
+    ``parameter_jacobians``. ``ElementwiseRule``, ``LinearRule``, ``BilinearRule`` and
+    ``GeneralRule`` give all of these for layers of their kind.
+
+    Nothing else of the ``torch.nn`` counterpart changes. The record is no buffer, is in
+    no ``state_dict``, and is left out of copies and pickles.
+
+    Attributes:
+        schemes: Which of the two choices of ``set_hbp_approximation`` matter here.
+    """
+
+    _record: Record | None = None
+    average_input_jacobian = True
+    average_parameter_jacobian = True
+    schemes: Sequence[str] = ()
+    set_hbp_blocks: Callable[..., None]  # hbp.blocks gives it.
+
+    # --- The rules of a layer, for every sample. --------------------------------------
+
+    def jacobian(self) -> Jacobian:
+        """J = ∂z/∂x of every sample; every layer has one."""
+        raise TypeError(f"{type(self).__name__} defines no rule jacobian.")
+
+    def second_order(self, J: Jacobian) -> Tensor | None:
+        """The diagonal of Σ_k ∇²z_k δ_k of every sample, [N, ...] as x; None for 0.
+
+        Args:
+            J: What ``jacobian`` returned.
+        """
+        return None
+
+    def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
+        """Each parameter θ and ∂z/∂θ of every sample; z is linear in each θ."""
+        return ()
+
+    def check_record(self) -> None:
+        """Raise unless the rules can read what was recorded; a layer may ask more."""
+        self.last_record.require_usable(self)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Tell the author of a layer for hbp 0.1 what to change."""
+        super().__init_subclass__(**kwargs)
+        for rule in ("jacobian", "second_order", "parameter_jacobians"):
+            if "hessian_pass" in signature(getattr(cls, rule)).parameters:
+                raise TypeError(
+                    f"{cls.__name__}.{rule} takes a hessian_pass, but rules speak of "
+                    "every sample now. Drop the argument (second_order takes J) and "
+                    "return a map of hbp.core.jacobians of all N samples, or a tensor "
+                    "[N, ...], without averaging; see the page Write a layer."
+                )
+
+    # --- The pass. --------------------------------------------------------------------
+
+    def backward_hessian(
+        self,
+        output_hessian: Tensor | SymmetricOperator,
+        compute_input_hessian: bool = False,
+        modify_2nd_order_terms: str | None = None,
+        process_group: object = None,
+        loss_scale: float = 1.0,
+    ) -> SymmetricOperator | None:
+        """Send curvature backward through this module.
+
+        Call it after ``loss.backward()``. It sets ``p.hessian`` on every parameter
+        that requires a gradient; if it raises, on none. It belongs to the latest
+        forward pass that ran with gradients enabled, and can be called again for that
+        pass, say with another treatment.
+
+        Args:
+            output_hessian: H_z, the curvature w.r.t. the output: [features,
+                features], summed over the batch as by ``batch_summed_hessian``, for
+                averaged curvature; or [N, features, features], one matrix for each
+                sample as by ``per_sample_hessian``, for [exact products][eq-exact].
+            compute_input_hessian: Whether to return the curvature w.r.t. the input.
+            modify_2nd_order_terms: ``None`` or ``"none"`` (Hessian), ``"zero"``
+                (generalized Gauss-Newton), ``"abs"`` or ``"clip"``
+                (positive-curvature Hessians); see ``hbp.core.module``.
+            process_group: Processes that each have a part of the batch, as
+                ``torch.distributed.group.WORLD``: the curvature is that of the whole,
+                whose loss is the [mean of their losses][eq-parts]. All of them have to
+                call. ``None`` for curvature of the samples of this process. See
+                ``hbp.distributed``.
+            loss_scale: What ``loss`` was multiplied by for ``backward()`` alone, as
+                ``scaler.get_scale()`` of a ``torch.amp.GradScaler``. The second-order
+                terms are divided by it; ``output_hessian`` is that of ``loss`` itself.
+
+        Returns:
+            H_x, an operator of shape [features, features] over the flattened input
+            features (exact: [N · features, N · features]), or ``None``.
+
+        Raises:
+            ValueError: ``output_hessian`` has the wrong shape, dtype or device, is not
+                symmetric or finite; the treatment is unknown; the batch is empty;
+                ``loss_scale`` is not positive and finite.
+            TypeError: a parameter is in half precision; ``process_group`` is none.
+            RuntimeError: no forward pass, or no ``loss.backward()``, came before;
+                gradients were accumulated over several passes; another process of the
+                group failed.
+            ArithmeticError: what was recorded contains NaN or infinity.
+        """
+        if not isinstance(compute_input_hessian, bool):
+            raise TypeError(
+                f"compute_input_hessian={compute_input_hessian!r} must be True or "
+                "False."
+            )
+        modify = _treatment(modify_2nd_order_terms, loss_scale)
+
+        def passage(batch: Batch) -> tuple[SymmetricOperator | None, Reading]:
+            H = batch.output_hessian(as_operator(output_hessian))
+            samples = len(H.matrices) if isinstance(H, SampleBlocks) else None
+            nonnegative = modify_2nd_order_terms not in (None, "none")
+            reading = Reading(modify, nonnegative, samples, batch)
+            input_hessian = self.pull_back(H, reading, compute_input_hessian)
+            reading.require_finite()
+            return input_hessian, reading
+
+        with torch.no_grad(), full_precision():
+            input_hessian, reading = as_batch(process_group).read(passage)
+        for parameter, block in reading.blocks.items():
+            attach_hessian(parameter, block)
+        return input_hessian
+
+    def pull_back(
+        self, H: SymmetricOperator, reading: Reading, further: bool
+    ) -> SymmetricOperator | None:
+        """H_x if it goes ``further``; the parameters' blocks go to ``reading``."""
+        self._require_usable(H, reading)
+        for parameter, J in self.parameter_jacobians():
+            self._require_fit("parameter_jacobians", J, parameter.numel())
+            if parameter.requires_grad:
+                block = reading.through(H, J, self, self.average_parameter_jacobian)
+                if reading.samples:
+                    block = reading.batch.exact_block(block)
+                reading.blocks[parameter] = self.structure(block, parameter)
+        return self.input_hessian(H, reading) if further else None
+
+    def input_hessian(
+        self, H: SymmetricOperator, reading: Reading
+    ) -> SymmetricOperator:
+        """H_x = JᵀH_z J + mod(…), as the batch is read."""
+        J = self.jacobian()
+        self._require_fit("jacobian", J, self.last_record.input_shape.numel())
+        term = None if reading.modify is None else self.second_order_term(J, reading)
+        return reading.through(H, J, self, self.average_input_jacobian, term)
+
+    def second_order_term(
+        self, J: Jacobian, reading: Reading
+    ) -> SymmetricOperator | None:
+        """mod(Σ_k ∇²z_k δ_k), as the batch is read; None for 0."""
+        second_order = self.second_order(J)
+        return None if second_order is None else reading.term(second_order, self)
+
+    def structure(
+        self, block: SymmetricOperator, parameter: Tensor
+    ) -> SymmetricOperator:
+        """What becomes of a parameter's block. ``hbp.blocks`` sets it, to split it."""
+        return block
+
+    def _require_usable(self, H: SymmetricOperator, reading: Reading) -> None:
+        """Raise unless there is a record that ``H`` fits."""
+        self.check_record()
+        record = self.last_record
+        count, features = record.output_shape[0], record.output_shape[1:].numel()
+        if reading.samples not in (None, count):
+            raise ValueError(
+                f"output_hessian has matrices for {reading.samples} samples, but "
+                f"{count} went through {self}. Use per_sample_hessian(loss, outputs) "
+                "of the latest forward pass."
+            )
+        features *= reading.samples or 1
+        if H.shape[0] != features:
+            raise ValueError(
+                f"output_hessian has shape {list(H.shape)}, but {self} has {features} "
+                f"output features: [{features}, {features}] is needed."
+            )
+        dtype, device = record.kind
+        if (H.dtype, H.device) != (dtype, device):
+            raise ValueError(
+                f"output_hessian is {H.dtype} on {H.device}, but that of {self} must "
+                f"be {dtype} on {device}. Convert it with .to(...)."
+            )
+
+    def _require_fit(self, rule: str, J: Jacobian, entering: int) -> None:
+        """Raise unless a rule's map fits; matrices would broadcast, or fail far off."""
+        leaving = self.last_record.output_shape.numel()
+        if not isinstance(J, Jacobian) or (J.out_size, J.in_size) != (
+            leaving,
+            entering,
+        ):
+            shape = getattr(J, "out_size", "?"), getattr(J, "in_size", "?")
+            raise ValueError(
+                f"{rule} of {type(self).__name__} is a {type(J).__name__} of shape "
+                f"[{shape[0]}, {shape[1]}], but it has to be a Jacobian of all "
+                f"{self.last_record.output_shape[0]} samples: [{leaving}, {entering}]."
+            )
+
+    # --- What is remembered. ----------------------------------------------------------
+
+    def record(
+        self,
+        input: Tensor,
+        output: Tensor,
+        keep: Tensor | None,
+        with_gradient: bool = True,
+    ) -> Tensor:
+        """Remember this forward pass and return ``output``.
+
+        Nothing is remembered without gradients, nor where the tensors mean nothing
+        outside: in ``torch.func``, ``torch.fx`` and ``torch.export``. In a model under
+        ``torch.compile`` a layer's graph ends here, so that what is remembered are the
+        tensors of this very pass.
+
+        Args:
+            input: x, [N, ...].
+            output: z, [N, ...].
+            keep: The one of them that the layer's rules need, or None.
+            with_gradient: ``False`` for a layer whose z is a view of x. It has no use
+                for δ, and autograd drops the hook if z is then changed in place.
+        """
+        if torch.is_grad_enabled():
+            remember = self._remember
+            if torch.compiler.is_compiling():
+                remember = torch.compiler.disable(remember)
+            remember(input, output, keep, with_gradient)
+        return output
+
+    def _remember(
+        self, input: Tensor, output: Tensor, keep: Tensor | None, with_gradient: bool
+    ) -> None:
+        if _is_traced(output):
+            return
+        state = chain(self.parameters(recurse=False), self.buffers(recurse=False))
+        record = Record(input, output, keep, state, with_gradient)
+        if self._record is not None:
+            self._record.succeeded_by(record)
+        self._record = record
+
+    @property
+    def last_record(self) -> Record:
+        """The record of the latest forward pass with gradients enabled.
+
+        Raises:
+            RuntimeError: there was none.
+        """
+        if self._record is None:
+            raise RuntimeError(
+                f"backward_hessian() before a forward pass through {self}. Run "
+                "outputs = model(inputs) with gradients enabled first."
+            )
+        return self._record
+
+    # --- Choices, and life as an nn.Module. -------------------------------------------
+
+    def set_hbp_approximation(
+        self,
+        average_input_jacobian: bool = True,
+        average_parameter_jacobian: bool = True,
+    ) -> None:
+        """Choose [the batch scheme][eq-averaging], here and in every HBP module inside.
+
+        Args:
+            average_input_jacobian: ``True`` averages the Jacobian of a nonlinear layer
+                over the batch, E[J]ᵀ H E[J] (Chen et al. 2018). ``False`` averages the
+                product, E[Jᵀ H J] (Botev et al. 2017), for which the dense matrix is
+                formed.
+            average_parameter_jacobian: The same choice for a weight: ``True`` gives
+                H ⊗ x̄x̄ᵀ, ``False`` H ⊗ E[xxᵀ].
+
+        A call sets both; what it does not name becomes ``True``. Layers to which a
+        choice does not apply ignore it.
+
+        Raises:
+            TypeError: an argument is no bool.
+        """
+        choices = {
+            "average_input_jacobian": average_input_jacobian,
+            "average_parameter_jacobian": average_parameter_jacobian,
+        }
+        for name, value in choices.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be True or False.")
+        for module in self.modules():
+            if isinstance(module, HBPModule):
+                vars(module).update({name: choices[name] for name in module.schemes})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients and, with them, ``p.hessian``."""
+        super().zero_grad(set_to_none)
+        for parameter in self.parameters():
+            attach_hessian(parameter, None)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; its ``hessian`` is None, as its ``grad`` is."""
+        super().register_parameter(name, param)
+        if param is not None:
+            vars(param).setdefault("hessian", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the record, which belongs to one forward pass."""
+        return {k: v for k, v in self.__dict__.items() if k != "_record"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies of parameters come without attributes."""
+        nn.Module.__setstate__(self, state)
+        for parameter in self.parameters(recurse=False):
+            vars(parameter).setdefault("hessian", None)
+
+    def extra_repr(self) -> str:
+        """The options of the layer, and how it reads a batch."""
+        short = {
+            "average_input_jacobian": "avg_input_jac",
+            "average_parameter_jacobian": "avg_param_jac",
+        }
+        parts = [super().extra_repr()]
+        parts += [f"{short[name]}: {getattr(self, name)}" for name in self.schemes]
+        if "structure" in vars(self):
+            parts.append(str(self.structure))
+        return ", ".join(filter(None, parts))
+
+
+def _treatment(name: str | None, loss_scale: float) -> Modify | None:
+    """mod by its name, for terms that are too large by ``loss_scale``."""
+    # A list or dict is no key; a lookup must not answer with its own TypeError.
+    if not isinstance(name, str | None) or name not in TREATMENTS:
+        raise ValueError(
+            f"modify_2nd_order_terms={name!r} is unknown. Choose None or 'none' "
+            "(Hessian), 'zero' (generalized Gauss-Newton), 'abs' or 'clip' "
+            "(positive-curvature Hessians)."
+        )
+    if not (is_number(loss_scale) and 0 < loss_scale < math.inf):
+        raise ValueError(
+            f"loss_scale={loss_scale!r} must be a positive finite number: what the "
+            "loss was multiplied by before backward(), as scaler.get_scale()."
+        )
+    modify, scale = TREATMENTS[name], float(loss_scale)
+    return modify if modify is None or scale == 1 else lambda r: modify(r) / scale
+
+
+def _is_traced(output: Tensor) -> bool:
+    """Whether a layer's output is a stand-in, of which nothing is to be remembered.
+
+    ``torch.fx`` passes proxies, ``torch.export`` tensors without values (it runs this
+    function itself; in a compiled model nobody compiles it). What ``torch.func`` wraps
+    is known by no public test.
+    """
+    if not isinstance(output, Tensor) or torch.compiler.is_compiling():
+        return True
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(output))

@@ -1,0 +1,552 @@
+"""CGNewton: a Newton-style optimizer that solves one linear system per parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .cg import Product, cg_rows, check_cg_options, check_trust_radius
+from .guards import full_precision, is_number
+from .operators import (
+    MatrixFree,
+    SymmetricOperator,
+    System,
+    attach_hessian,
+    check_alpha,
+    singular,
+    solve_system,
+)
+from .settings import CHECK_EVERY, TOGETHER
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What the last step did to one parameter.
+
+    Attributes:
+        iterations: CG steps taken, 0 with ``solver="direct"``. Where the system falls
+            into parts, the most that one of them took.
+        residual_norm: ‖[(1-α)H + αI] d + g‖.
+        converged: whether the solver reached its tolerance, in every part; a direct
+            solve always does.
+        negative_curvature: whether CG ended at a direction of curvature ≤ 0, in any
+            part. The iterate up to there was applied; after 0 iterations that is no
+            step. The other parts go on. With a trust radius, the step goes on to the
+            boundary.
+        step_norm: ‖d‖, before the learning rate.
+        predicted_decrease: how far the damped quadratic model [falls][eq-decrease] for
+            the step lr·d, in units of the loss. It can exceed the loss itself: the
+            averaged block H ⊗ x̄x̄ᵀ is flat in every input direction but x̄.
+        undamped_decrease: the same for the model without damping, whose curvature is
+            H alone. NaN at α = 1, where the solver never sees H.
+        on_boundary: whether the step ended on the boundary of the trust region, in any
+            part.
+    """
+
+    iterations: int
+    residual_norm: float
+    converged: bool
+    negative_curvature: bool
+    step_norm: float
+    predicted_decrease: float
+    undamped_decrease: float
+    on_boundary: bool
+
+
+class CGNewton(torch.optim.Optimizer):
+    """Newton steps, one curvature block per parameter.
+
+    For each parameter θ with gradient g and curvature H = ``p.hessian``,
+
+        [(1-α)H + αI] d = -g,        θ ← θ + lr·d
+
+    ([a step][eq-newton] of Dangel, Harmeling & Hennig 2020). With ``solver="cg"`` the
+    system is solved inexactly by conjugate gradients from 0. The iterates are those of
+    CG on the full block; where the block's structure allows it they are computed in
+    compressed coordinates (for H ⊗ x̄x̄ᵀ, out_features + 1 numbers). H ⊗ E[xxᵀ] falls
+    into independent parts. CG solves each by itself and stops at the same relative
+    residual, hence the whole does. With ``solver="direct"`` it is solved by
+    factorisation.
+
+    Before a step, run ``loss.backward()`` and ``model.backward_hessian(...)``. To use
+    curvature of your own, set ``p.hvp``, a function from a vector [n] to the product
+    [n]; it takes precedence over ``p.hessian`` and stays until you remove it.
+
+    A step is all or nothing: every system is solved before any parameter moves.
+    Frozen parameters and parameters without a gradient are left alone.
+
+    Args:
+        params: Parameters, or dicts of parameter groups. Each option below can be
+            set per group.
+        lr: Learning rate, not negative.
+        alpha: Damping α in [0, 1].
+        cg_atol: Absolute tolerance on the residual, not negative.
+        cg_tol: Tolerance on the residual relative to ‖g‖, positive.
+        cg_maxiter: At most this many products, in each part; ``None`` for ten times
+            the number of unknowns.
+        solver: ``"cg"`` or ``"direct"``.
+        trust_radius: Bound on ‖d‖ for each parameter, before the learning rate; CG
+            stops on the boundary (Steihaug 1983), so that negative curvature gives a
+            step as well. ``None`` for no bound. It needs ``solver="cg"``.
+
+    Attributes:
+        last_step: ``StepInfo`` of the last step, by parameter. It is not part of
+            ``state_dict()``; the optimizer has no state of its own.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        alpha: float,
+        cg_atol: float = 1e-8,
+        cg_tol: float = 1e-5,
+        cg_maxiter: int | None = None,
+        solver: Literal["cg", "direct"] = "cg",
+        trust_radius: float | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "cg_atol": cg_atol,
+            "cg_tol": cg_tol,
+            "cg_maxiter": cg_maxiter,
+            "solver": solver,
+            "trust_radius": trust_radius,
+        }
+        self.last_step: dict[Tensor, StepInfo] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore an optimizer that was pickled, without its last step."""
+        super().__setstate__(state)
+        for group in self.param_groups:  # older states have no such option
+            group.setdefault("trust_radius", None)
+        self.last_step = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as ``torch.optim`` does.
+
+        Raises:
+            ValueError: an option of the group is out of its range.
+        """
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients and, with them, ``p.hessian``."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                attach_hessian(parameter, None)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Re-evaluates the model: clears the gradients, computes the loss,
+                runs ``loss.backward()`` and ``model.backward_hessian(...)`` and
+                returns the loss.
+
+        Returns:
+            The closure's loss, or ``None`` without a closure.
+
+        Raises:
+            RuntimeError: there is no gradient at all, or a parameter has a gradient
+                but no curvature.
+            ArithmeticError: loss, gradient or curvature has NaN or infinity, the
+                system is singular, or a parameter would be too large for its dtype.
+                No parameter has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            _check_loss(loss)
+        with full_precision():
+            steps = [s for i, g in enumerate(self.param_groups) for s in _steps(i, g)]
+            if not steps and any(
+                p.requires_grad for group in self.param_groups for p in group["params"]
+            ):
+                raise RuntimeError(
+                    "step() found no gradient. Call loss.backward() and then "
+                    "model.backward_hessian(output_hessian) before step()."
+                )
+            for step in steps:
+                step.require_room()
+            for step in steps:
+                step.apply()
+        self.last_step = {step.parameter: step.info for step in steps}
+        return loss
+
+
+class _Equation(NamedTuple):
+    """[(1-α)H + αI] d = g of one parameter, in coordinates; the step is -d."""
+
+    name: str
+    parameter: Parameter
+    system: System
+
+
+class _Facts(NamedTuple):
+    """What a solver says of one system; those not explained are as in ``StepInfo``.
+
+    Attributes:
+        descent: gᵀd.
+        overlap: dᵀ(g - Cd), C = (1-α)H + αI.
+        margin: Above 1 if the matrix is regular.
+    """
+
+    iterations: float
+    residual_norm: float
+    converged: float
+    negative_curvature: float
+    on_boundary: float
+    overlap: float
+    step_norm: float
+    descent: float
+    margin: float = math.inf
+
+
+class _Step(NamedTuple):
+    """θ ← θ - lr·d, once it is known that d is a solution."""
+
+    equation: _Equation
+    y: Tensor
+    lr: float
+    info: StepInfo
+
+    @property
+    def parameter(self) -> Parameter:
+        return self.equation.parameter
+
+    def apply(self) -> None:
+        if self.parameter.is_contiguous():
+            self.equation.system.add_to(self.parameter.view(-1), self.y, -self.lr)
+        else:
+            self.parameter.add_(self._change())
+
+    def _change(self) -> Tensor:
+        """-lr·d, of the shape of θ."""
+        change = self.parameter.new_zeros(self.parameter.numel())
+        self.equation.system.add_to(change, self.y, -self.lr)
+        return change.view(self.parameter.shape)
+
+    def require_room(self) -> None:
+        """Raise ArithmeticError if the parameter would leave the range of its dtype.
+
+        What is below half a unit in the last place of the largest number makes no
+        finite number infinite. Only a longer step is tried.
+        """
+        limits = torch.finfo(self.parameter.dtype)
+        if max(self.lr, 1.0) * self.info.step_norm <= limits.max * limits.eps / 4:
+            return
+        fits = self.lr <= limits.max
+        if not (fits and bool((self.parameter + self._change()).isfinite().all())):
+            raise ArithmeticError(
+                f"No step was taken; {self.equation.name} would be too large for "
+                f"{limits.dtype} after a step of norm {self.info.step_norm:.3g} at "
+                f"lr={self.lr!r}. Use a smaller lr or a larger alpha, or check the "
+                "scale of the loss."
+            )
+
+
+def _steps(index: int, group: dict[str, Any]) -> list[_Step]:
+    """The steps of one parameter group; nothing is changed.
+
+    Raises:
+        ArithmeticError: a gradient or a curvature is not finite, or a matrix singular.
+    """
+    _check_options(group)
+    solve = _directly if group["solver"] == "direct" else _by_cg
+    equations = list(_equations(index, group))
+    kinds: dict[object, list[_Equation]] = {}
+    for equation in equations:
+        kind = equation.parameter.dtype, equation.parameter.device
+        kinds.setdefault(kind, []).append(equation)
+    solved = {
+        equation.parameter: found
+        for same in kinds.values()
+        for equation, found in zip(same, solve(same, group), strict=True)
+    }
+    return [
+        _Step(equation, y, group["lr"], _info(equation, facts, group))
+        for equation in equations
+        for y, facts in [solved[equation.parameter]]
+    ]
+
+
+def _equations(index: int, group: dict[str, Any]) -> Iterable[_Equation]:
+    for i, p in enumerate(group["params"]):
+        if not p.requires_grad or p.grad is None:
+            continue
+        name = f"parameter {i} of group {index}, shape {list(p.shape)}"
+        if p.grad.is_sparse:
+            raise RuntimeError(
+                f"The gradient of {name} is sparse; CGNewton needs a dense one."
+            )
+        yield _Equation(name, p, _curvature(p, name).system(p.grad.flatten()))
+
+
+def _curvature(p: Parameter, name: str) -> SymmetricOperator:
+    """What ``p.hvp`` or ``p.hessian`` says."""
+    product = getattr(p, "hvp", None)
+    if product is not None:
+        return MatrixFree(product, p.numel(), p.dtype, p.device)
+    hessian = getattr(p, "hessian", None)
+    if hessian is None:
+        raise RuntimeError(
+            f"There is a gradient but no curvature for {name}. Call "
+            "model.backward_hessian(output_hessian) between loss.backward() and "
+            "step(), or set p.hvp."
+        )
+    if not isinstance(hessian, SymmetricOperator):
+        raise RuntimeError(
+            f"p.hessian of {name} is a {type(hessian).__name__}; it must be an "
+            "operator. Wrap a matrix as hbp.operators.DenseOperator(matrix)."
+        )
+    fits = hessian.shape[0] == p.numel() and hessian.dtype == p.dtype
+    if not (fits and hessian.device == p.device):
+        raise RuntimeError(
+            f"{hessian!r} does not fit {name}, {p.dtype} on {p.device}. Call "
+            "model.backward_hessian(...) again after changing the model."
+        )
+    return hessian
+
+
+def _info(equation: _Equation, facts: _Facts, options: dict[str, Any]) -> StepInfo:
+    """What happened, once the facts say that d is a solution.
+
+    At θ - lr·d the model has changed by -lr·gᵀd + ½lr²·dᵀCd, C = (1-α)H + αI. A
+    solution has Cd = g; so has every CG iterate from 0 as far as dᵀ can see, for its
+    residual is orthogonal to d. Hence dᵀCd = gᵀd, and eq-decrease. Only on the boundary
+    of a trust region there is an overlap: dᵀCd = gᵀd - dᵀ(g - Cd).
+
+    Raises:
+        ArithmeticError: d is no solution.
+    """
+    lr, alpha = options["lr"], options["alpha"]
+    if not (math.isfinite(facts.residual_norm + facts.step_norm) and facts.margin > 1):
+        raise ArithmeticError(
+            f"No step was taken; {_blame(equation, facts.margin, alpha)}"
+        )
+    curvature, undamped = facts.descent - facts.overlap, math.nan
+    if alpha < 1:
+        square = facts.step_norm * facts.step_norm  # ** raises where it overflows
+        undamped = (curvature - alpha * square) / (1 - alpha)
+    return StepInfo(
+        int(facts.iterations),
+        facts.residual_norm,
+        bool(facts.converged),
+        bool(facts.negative_curvature),
+        facts.step_norm,
+        (lr - lr * lr / 2) * facts.descent + lr * lr / 2 * facts.overlap,
+        lr * facts.descent - lr * lr / 2 * undamped,
+        bool(facts.on_boundary),
+    )
+
+
+def _blame(equation: _Equation, margin: float, alpha: float) -> str:
+    """Why there is no solution."""
+    gradient, name = equation.parameter.grad, equation.name
+    if gradient is not None and not bool(gradient.isfinite().all()):
+        return f"the gradient of {name} has NaN or infinity."
+    if not margin > 1:
+        return f"{name}: {singular(alpha)}"
+    return (
+        f"the direction for {name} has NaN or infinity. Is its curvature finite? If it "
+        f"is singular, alpha={alpha} may be too small; a trust_radius bounds the "
+        "direction. Of a gradient above 1e19, float32 has no square: scale the loss, "
+        "or use .double()."
+    )
+
+
+# --- Two solvers: each returns d in coordinates, [k, n + 1], and the facts. ------------
+
+_Solved = list[tuple[Tensor, _Facts]]
+
+
+def _by_cg(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
+    """Small systems together; large ones and functions of the user alone."""
+    solved: dict[int, tuple[Tensor, _Facts]] = {}
+    systems = dict(enumerate(equation.system for equation in equations))
+    together = {i: s for i, s in systems.items() if not _is_large(s)}
+    groups = [{i: s} for i, s in systems.items() if i not in together]
+    for group in [together, *groups] if together else groups:
+        found = _by_cg_together(list(group.values()), options, group is together)
+        solved.update(zip(group, found, strict=True))
+    return [solved[i] for i in systems]
+
+
+def _is_large(system: System) -> bool:
+    """Whether a product costs more than what the systems could share."""
+    return isinstance(system.operator, MatrixFree) or system.rhs.numel() > TOGETHER
+
+
+def _by_cg_together(
+    systems: Sequence[System], options: dict[str, Any], small: bool
+) -> _Solved:
+    b, sizes = _padded([s.rhs for s in systems]), [len(s.rhs) for s in systems]
+    # A row takes that share of what is allowed to the whole of its system.
+    shares = torch.cat([_shares(part) for part in b.split(sizes)])
+    trust = options["trust_radius"]
+    found = cg_rows(
+        _damped(systems, options["alpha"]),
+        b,
+        options["cg_tol"],
+        shares * options["cg_atol"],
+        options["cg_maxiter"] or 10 * b.shape[1],
+        None if trust is None else shares * trust,
+        CHECK_EVERY if small else 1,
+    )
+    x = found.x
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    columns = [*found[1:], norms, (x.double() * b).sum(1)]
+    facts = torch.stack([column.double() for column in columns], dim=1).tolist()
+    solved, start = [], 0
+    for system, size in zip(systems, sizes, strict=True):
+        rows = slice(start, start + size)
+        width = system.rhs.shape[1] - 1
+        y = torch.cat([x[rows, :width], x[rows, -1:]], dim=1)
+        solved.append((y, _combined(facts[rows])))
+        start += size
+    return solved
+
+
+def _combined(rows: Sequence[Sequence[float]]) -> _Facts:
+    """The facts on a system from those on its rows."""
+    iterations, residuals, done, bent, left, overlaps, norms, descents = zip(
+        *rows, strict=True
+    )
+    return _Facts(
+        max(iterations),
+        math.hypot(*residuals),
+        min(done),
+        max(bent),
+        max(left),
+        sum(overlaps),
+        math.hypot(*norms),
+        sum(descents),
+    )
+
+
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of equal width; the coordinate in the null space stays the last."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.shape[1] for part in parts)
+    b = parts[0].new_zeros(sum(map(len, parts)), width)
+    for rows, part in zip(b.split([len(part) for part in parts]), parts, strict=True):
+        rows[:, : part.shape[1] - 1] = part[:, :-1]
+        rows[:, -1] = part[:, -1]
+    return b
+
+
+def _shares(b: Tensor) -> Tensor:
+    """The norm of each row, relative to that of all, [k, 1]; of zeros, zeros."""
+    if len(b) == 1:
+        return b.new_ones(1, 1)
+    # In units of the largest entry, so that no square under- or overflows.
+    norms = torch.linalg.vector_norm(b / b.abs().max(), dim=1, keepdim=True)
+    return (norms / torch.linalg.vector_norm(norms)).nan_to_num(0.0)
+
+
+def _damped(
+    systems: Sequence[System], alpha: float
+) -> Callable[[Sequence[int]], Product]:
+    """p ↦ [(1-α) λ H + αI] p, row by row. Rows with the same H share its product."""
+    operators = [system.operator for system in systems for _ in system.scales]
+    scales = torch.cat([s.scales for s in systems])[:, None] * (1 - alpha)
+
+    def product_of(live: Sequence[int]) -> Product:
+        runs, start = [], 0
+        # A weight and its bias stand side by side: one product serves both.
+        for _, same in groupby(live, key=lambda i: id(operators[i])):
+            rows = list(same)
+            span = slice(start, start + len(rows))
+            runs.append((operators[rows[0]], span, scales[rows]))
+            start += len(rows)
+
+        def product(p: Tensor) -> Tensor:
+            Ap = p * alpha
+            for H, span, scale in runs:
+                n = H.shape[0]
+                Ap[span, :n].addcmul_(H.product(p[span, :n]), scale)
+            return Ap
+
+        return product
+
+    return product_of
+
+
+def _directly(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
+    """By factorisation."""
+    alpha, norm = options["alpha"], torch.linalg.vector_norm
+    solutions, columns = [], []
+    for _, _, system in equations:
+        y, margin = solve_system(system, 1 - alpha, alpha)
+        residual = alpha * y - system.rhs
+        bent = system.operator.product(y[:, :-1]) * system.scales[:, None]
+        residual[:, :-1].add_(bent, alpha=1 - alpha)
+        # Squares over- or underflow in float32 where a vector does not.
+        sizes = [norm(vector, dtype=torch.float64) for vector in (residual, y)]
+        descent = (y.double() * system.rhs.double()).sum()
+        solutions.append(y)
+        columns.append(torch.stack([*sizes, descent, margin.double()]))
+    facts = torch.stack(columns).tolist() if columns else []  # The host waits here.
+    return [
+        (y, _Facts(0, residual, True, False, False, 0.0, size, descent, margin))
+        for y, (residual, size, descent, margin) in zip(solutions, facts, strict=True)
+    ]
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor | float | int):
+        raise TypeError(
+            f"The closure returned {type(loss).__name__}; it must return the loss."
+        )
+    if not math.isfinite(float(loss)):
+        raise ArithmeticError(
+            f"No step was taken; the closure returned a loss of {float(loss)}."
+        )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    lr = options["lr"]
+    if not (is_number(lr) and 0 <= float(lr) < math.inf):
+        raise ValueError(f"lr={lr!r} must be a finite number that is not negative.")
+    check_alpha(options["alpha"])
+    check_cg_options(
+        options["cg_tol"], options["cg_atol"], options["cg_maxiter"], prefix="cg_"
+    )
+    # An array has no truth value; a comparison must not answer with its own error.
+    if not isinstance(options["solver"], str) or (
+        options["solver"] not in ("cg", "direct")
+    ):
+        raise ValueError(
+            f"solver={options['solver']!r} is unknown. Choose 'cg' (inexact, conjugate "
+            "gradients) or 'direct' (factorisation)."
+        )
+    check_trust_radius(options["trust_radius"])
+    if options["trust_radius"] is not None and options["solver"] == "direct":
+        raise ValueError(
+            f"trust_radius={options['trust_radius']!r} bounds the iterates of "
+            "conjugate gradients. Use solver='cg', or trust_radius=None."
+        )

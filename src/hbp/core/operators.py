@@ -1,0 +1,829 @@
+"""Symmetric operators: what travels backward, and what ``p.hessian`` is.
+
+A curvature matrix is often far too large to write down, and rarely needs to be. An
+operator answers the same questions from its factors:
+
+| operator | matrix |
+|---|---|
+| ``DenseOperator`` | H, stored |
+| ``DiagonalOperator`` | diag(r) |
+| ``SampleBlocks`` | one matrix for each sample, block-diagonal |
+| ``Repeated`` | H/N for each of N samples |
+| ``Congruence`` | JᵀHJ + R: one step of the backward chain |
+| ``OperatorSum`` | A₁ + A₂ + … |
+| ``KroneckerBlock`` | H ⊗ w FᵀF: a linear layer's weight |
+| ``MatrixFree`` | any function that multiplies a vector |
+
+Inside the package vectors are rows, [k, n], as samples are everywhere in PyTorch; only
+``operator @ v`` takes columns, as a matrix does.
+
+An operator reads weights and inputs of the model, it does not copy them. Once one of
+them has changed, it raises an error instead of mixing two points of parameter space.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .guards import full_precision, is_narrow, is_number, require_floats
+from .settings import (
+    DENSE_FEATURES,
+    NEGLIGIBLE,
+    NULL_SLACK,
+    REMAINDER_ENTRIES,
+    fits_dense,
+    rows_at_once,
+)
+
+if TYPE_CHECKING:
+    from .jacobians import Jacobian
+
+
+class System(NamedTuple):
+    """[(1-α) λ_j H + αI] y_j = b_j for j = 1 … k: a linear system in few coordinates.
+
+    The coordinates belong to an orthonormal basis of a subspace that holds the Krylov
+    space of A and b. So conjugate gradients takes the very steps that it would take on
+    A itself, in fewer numbers; see eq-krylov.
+
+    Attributes:
+        operator: H, [n, n].
+        scales: λ, [k].
+        rhs: b, [k, n + 1]. The last column is a coordinate in the null space of A,
+            where the damped matrix is α.
+        add_to: (target, y, scale): target, flat, += scale · the vector that y, of the
+            shape of ``rhs``, stands for.
+    """
+
+    operator: SymmetricOperator
+    scales: Tensor
+    rhs: Tensor
+    add_to: Callable[[Tensor, Tensor, float], object]
+
+
+class Watched:
+    """A tensor that belongs to somebody else: read, not copied.
+
+    A later change of it is noticed, unless it is made behind autograd's back, through
+    ``tensor.data``.
+
+    Args:
+        tensor: Of any shape.
+        what: What to call it in an error.
+    """
+
+    def __init__(self, tensor: Tensor, what: str) -> None:
+        self.tensor = tensor.detach()
+        self.version = self.tensor._version
+        self._what = what
+
+    def stale(self) -> RuntimeError:
+        """What to raise when ``version`` is no longer that of ``tensor``."""
+        return RuntimeError(
+            f"{self._what} of shape {list(self.tensor.shape)} has changed since "
+            "backward_hessian(), so this curvature no longer belongs to the model. Use "
+            "it before optimizer.step(), or keep to_dense()."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's counter starts anew, so whether it is stale is noted here."""
+        is_fresh = self.tensor._version == self.version
+        return {**vars(self), "version": 0 if is_fresh else -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the copy's own counter."""
+        vars(self).update(state)
+        if self.version == 0:
+            self.version = self.tensor._version
+
+
+class SymmetricOperator(ABC):
+    """A real symmetric [n, n] matrix, known by its products.
+
+    A subclass gives ``product``, and overrides ``_dense``, ``_diagonal``,
+    ``_eigvalsh``, ``solve_damped`` and ``system`` where its structure knows better.
+
+    Args:
+        size: n.
+        like: A tensor or an operator of its dtype and on its device.
+        reads: What a product reads and somebody else owns.
+
+    Attributes:
+        shape: ``torch.Size([n, n])``.
+        dtype: Type of the entries.
+        device: Where the factors live.
+        reads: The same.
+
+    Raises:
+        ValueError: the dtype is narrower than float32.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        like: Tensor | SymmetricOperator,
+        reads: Iterable[Watched] = (),
+    ) -> None:
+        if is_narrow(like.dtype):
+            raise ValueError(
+                f"A matrix of {like.dtype} is too coarse for curvature: a solve would "
+                "lose all digits. Convert it with .float()."
+            )
+        self.shape = torch.Size((size, size))
+        self.dtype, self.device = like.dtype, like.device
+        self.reads = list(reads)
+
+    @abstractmethod
+    def product(self, rows: Tensor) -> Tensor:
+        """A v for each row v, [k, n] → [k, n]. Arguments go unchecked."""
+
+    def require_fresh(self) -> None:
+        """Raise RuntimeError if a tensor has changed that a product would read."""
+        for watched in self.reads:
+            if watched.tensor._version != watched.version:
+                raise watched.stale()
+
+    @full_precision()
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """Multiply a vector, [n], or a stack of vectors as columns, [n, k].
+
+        Raises:
+            TypeError: ``vectors`` is no tensor.
+            ValueError: it has the wrong shape, dtype or device.
+            RuntimeError: a weight or an input has changed.
+        """
+        self._check(vectors, "right-hand side of @")
+        if vectors.dim() == 1:
+            return self.product(vectors[None])[0]
+        return self.product(vectors.T).T
+
+    @full_precision()
+    def to_dense(self) -> Tensor:
+        """The matrix itself, [n, n]. Treat it as read-only: it may be shared.
+
+        Raises:
+            MemoryError: it would need more than ``hbp.set_dense_limit`` allows.
+            RuntimeError: a weight or an input has changed.
+        """
+        if not self.fits:
+            size = self.shape.numel() * self.dtype.itemsize
+            raise MemoryError(
+                f"A dense {list(self.shape)} matrix of {self.dtype} needs "
+                f"{size / 2**30:.1f} GiB, more than the limit allows. Use products "
+                "(operator @ vector), diagonal() or trace() instead, or raise it by "
+                "hbp.set_dense_limit()."
+            )
+        self.require_fresh()
+        return self._dense()
+
+    @full_precision()
+    def diagonal(self) -> Tensor:
+        """The diagonal, [n]."""
+        self.require_fresh()
+        return self._diagonal()
+
+    @full_precision()
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues, a scalar tensor."""
+        self.require_fresh()
+        return self._trace()
+
+    @full_precision()
+    def eigvalsh(self) -> Tensor:
+        """All eigenvalues in ascending order, [n]."""
+        self.require_fresh()
+        return self._eigvalsh()
+
+    @full_precision()
+    def solve(self, b: Tensor, alpha: float = 0.0) -> Tensor:
+        """Solve [(1-α)A + αI] x = b directly.
+
+        Args:
+            b: Right-hand side, [n], or several as columns, [n, k].
+            alpha: Damping α in [0, 1].
+
+        Returns:
+            x, of the shape of ``b``.
+
+        Raises:
+            TypeError: ``b`` is no tensor.
+            ValueError: ``b`` or ``alpha`` is unsuitable.
+            ArithmeticError: the matrix is singular to working precision.
+        """
+        self._check(b, "b")
+        check_alpha(alpha)
+        rows = b.reshape(len(b), -1).T.contiguous()
+        x, margin = self.solve_damped(rows, 1 - alpha, alpha)
+        if not bool(margin > 1):
+            raise ArithmeticError(singular(alpha))
+        return x.T.reshape(b.shape)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the dense matrix is within the limit; see ``set_dense_limit``."""
+        return fits_dense(self.shape.numel() * self.dtype.itemsize)
+
+    # --- What a subclass may know better. ---------------------------------------------
+
+    def solve_damped(
+        self, rows: Tensor, weight: float | Tensor, shift: float
+    ) -> tuple[Tensor, Tensor]:
+        """Solve [weight · A + shift · I] x = b for rows b, [k, n], without host reads.
+
+        Arguments go unchecked.
+
+        Returns:
+            x, [k, n], and a margin, a scalar tensor. Unless it is above 1, the matrix
+            is singular to working precision or not finite, and x means nothing.
+        """
+        damped = self.to_dense() * weight
+        damped.diagonal().add_(shift)
+        factors, pivots, _ = torch.linalg.lu_factor_ex(damped)
+        solution = torch.linalg.lu_solve(factors, pivots, rows.T).T
+        return solution, regularity(factors.diagonal(), shift)
+
+    def system(self, b: Tensor) -> System:
+        """A and b, [n], in coordinates of a subspace with the Krylov space of both."""
+        self.require_fresh()
+        rhs = torch.cat([b, b.new_zeros(1)])[None]
+        return System(self, b.new_ones(1), rhs, _add_vector)
+
+    def _dense(self) -> Tensor:
+        return torch.cat([self.product(part) for part in self.identity()])
+
+    def _diagonal(self) -> Tensor:
+        return self.to_dense().diagonal()
+
+    def _trace(self) -> Tensor:
+        return self._diagonal().sum()
+
+    def _eigvalsh(self) -> Tensor:
+        return torch.linalg.eigvalsh(self.to_dense())
+
+    def identity(self, widest: int = 0) -> Iterator[Tensor]:
+        """The rows of the identity, [k, n], as many at a time as memory likes.
+
+        Args:
+            widest: Entries of the largest image of a row, if that is longer than n.
+        """
+        n = self.shape[0]
+        like = torch.empty((), dtype=self.dtype, device=self.device)
+        step = rows_at_once(max(n, widest))
+        for start in range(0, n, step):
+            rows = like.new_zeros(min(step, n - start), n)
+            rows[:, start : start + len(rows)].fill_diagonal_(1)
+            yield rows
+
+    def _check(self, vectors: Tensor, name: str) -> None:
+        self.require_fresh()
+        size = self.shape[0]
+        if not isinstance(vectors, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(vectors).__name__}.")
+        if vectors.dim() not in (1, 2) or vectors.shape[0] != size:
+            raise ValueError(
+                f"{name} has shape {list(vectors.shape)}; this operator of shape "
+                f"[{size}, {size}] takes [{size}] or [{size}, k] (vectors as columns)."
+            )
+        if vectors.dtype != self.dtype or vectors.device != self.device:
+            raise ValueError(
+                f"{name} is {vectors.dtype} on {vectors.device}, but the operator is "
+                f"{self.dtype} on {self.device}. Convert it with .to(...)."
+            )
+        if vectors.layout != torch.strided:
+            raise ValueError(f"{name} is {vectors.layout}. Use .to_dense().")
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, "
+            f"device={str(self.device)!r})"
+        )
+
+
+class DenseOperator(SymmetricOperator):
+    """H, stored.
+
+    Args:
+        matrix: [n, n], n > 0, symmetric and finite. Only its kind and its shape are
+            checked here.
+
+    Raises:
+        TypeError: ``matrix`` is no tensor.
+        ValueError: ``matrix`` is empty, not square, or not of floating-point numbers.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"matrix is a {type(matrix).__name__}; pass a tensor.")
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix must be square, got shape {list(matrix.shape)}.")
+        if len(matrix) == 0:
+            raise ValueError("matrix is empty.")
+        if not matrix.is_floating_point():
+            raise ValueError(
+                f"matrix is {matrix.dtype}; it must have a floating-point dtype."
+            )
+        super().__init__(len(matrix), matrix)
+        self.matrix = matrix
+
+    def product(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix
+
+    def _dense(self) -> Tensor:
+        return self.matrix
+
+
+class DiagonalOperator(SymmetricOperator):
+    """diag(r).
+
+    Args:
+        values: r, [n].
+        nonnegative: Whether r ≥ 0 is known, so that nobody has to look.
+    """
+
+    def __init__(self, values: Tensor, nonnegative: bool = False) -> None:
+        super().__init__(len(values), values)
+        self.values, self.nonnegative = values, nonnegative
+
+    def product(self, rows: Tensor) -> Tensor:
+        return rows * self.values
+
+    def _dense(self) -> Tensor:
+        return self.values.diag()
+
+    def _diagonal(self) -> Tensor:
+        return self.values
+
+
+class ZeroOperator(SymmetricOperator):
+    """No curvature: what a path sends back for it is its second-order terms alone."""
+
+    def product(self, rows: Tensor) -> Tensor:
+        return torch.zeros_like(rows)
+
+
+class SampleBlocks(SymmetricOperator):
+    """One matrix for each sample, as the blocks of a block-diagonal one; see eq-exact.
+
+    Args:
+        matrices: [N, n, n], symmetric and finite. Only their shape is checked here.
+
+    Raises:
+        ValueError: ``matrices`` has another shape.
+    """
+
+    def __init__(self, matrices: Tensor) -> None:
+        if matrices.dim() != 3 or matrices.shape[1] != matrices.shape[2]:
+            raise ValueError(f"blocks must be [N, n, n], got {list(matrices.shape)}.")
+        super().__init__(matrices.shape[:2].numel(), matrices)
+        self.matrices = matrices
+
+    def product(self, rows: Tensor) -> Tensor:
+        samples = rows.reshape(len(rows), *self.matrices.shape[:2]).transpose(0, 1)
+        return (samples @ self.matrices).transpose(0, 1).reshape(rows.shape)
+
+    def _dense(self) -> Tensor:
+        return torch.block_diag(*self.matrices)
+
+    def _diagonal(self) -> Tensor:
+        return self.matrices.diagonal(dim1=1, dim2=2).flatten()
+
+    def _eigvalsh(self) -> Tensor:
+        return torch.linalg.eigvalsh(self.matrices).flatten().sort().values
+
+
+class Repeated(SymmetricOperator):
+    """H/N for each of N samples: Jᵀ(·)J of them, over all J_n, is E[JᵀHJ]."""
+
+    def __init__(self, outer: SymmetricOperator, samples: int) -> None:
+        super().__init__(samples * outer.shape[0], outer, outer.reads)
+        self.outer, self.samples = outer, samples
+
+    def product(self, rows: Tensor) -> Tensor:
+        each = rows.reshape(-1, self.outer.shape[0])
+        return self.outer.product(each).reshape(rows.shape) / self.samples
+
+
+class OperatorSum(SymmetricOperator):
+    """A₁ + A₂ + … of operators of one size, at least one."""
+
+    def __init__(self, terms: Sequence[SymmetricOperator]) -> None:
+        reads = [watched for term in terms for watched in term.reads]
+        super().__init__(terms[0].shape[0], terms[0], reads)
+        self.terms = list(terms)
+
+    def product(self, rows: Tensor) -> Tensor:
+        return torch.stack([term.product(rows) for term in self.terms]).sum(0)
+
+    def _dense(self) -> Tensor:
+        return torch.stack([term.to_dense() for term in self.terms]).sum(0)
+
+    def _diagonal(self) -> Tensor:
+        return torch.stack([term.diagonal() for term in self.terms]).sum(0)
+
+
+class MatrixFree(SymmetricOperator):
+    """Any function that multiplies a vector by a symmetric matrix.
+
+    Args:
+        product: maps a vector, [n], to the product, [n].
+        size: n.
+        dtype: Type of the vectors.
+        device: Device of the vectors.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(size, torch.empty(0, dtype=dtype, device=device))
+        self._function = product
+
+    def product(self, rows: Tensor) -> Tensor:
+        return torch.stack([self._one(row) for row in rows])
+
+    def _one(self, vector: Tensor) -> Tensor:
+        with torch.enable_grad():  # It may well differentiate.
+            result = self._function(vector)
+        if not isinstance(result, Tensor) or result.shape != vector.shape:
+            got = list(result.shape) if isinstance(result, Tensor) else type(result)
+            raise ValueError(
+                f"The product function returned {got} for a vector of shape "
+                f"{list(vector.shape)}; it must return a tensor of that shape."
+            )
+        return result.detach()
+
+
+class Congruence(SymmetricOperator):
+    """JᵀHJ + R: curvature sent backward through one layer, eq-hbp.
+
+    This is the idea that makes the package fast. With averaged Jacobians no step of the
+    chain has a batch dimension, so [a product][eq-operator] is two passes of *one*
+    virtual sample through the layers above. No matrix is formed unless it is small
+    (``DENSE_FEATURES``) or somebody asks for it.
+
+    Args:
+        outer: H, the curvature w.r.t. the layer's output, [z, z].
+        jacobian: J, [z, x].
+        term: R, the modified second-order term, [x, x], if there is one.
+    """
+
+    def __init__(
+        self,
+        outer: SymmetricOperator,
+        jacobian: Jacobian,
+        term: SymmetricOperator | None = None,
+    ) -> None:
+        super().__init__(jacobian.in_size, outer, [*jacobian.reads, *outer.reads])
+        self.outer, self.jacobian, self.term = outer, jacobian, term
+
+    def product(self, rows: Tensor) -> Tensor:
+        if self._is_small or "_matrix" in vars(self):
+            return rows @ self._matrix
+        return self._through_the_chain(rows)
+
+    def _through_the_chain(self, rows: Tensor) -> Tensor:
+        result = self.jacobian.vjp(self.outer.product(self.jacobian.jvp(rows)))
+        return result if self.term is None else result.add_(self.term.product(rows))
+
+    @cached_property
+    def _is_small(self) -> bool:
+        small = self.shape[0] <= DENSE_FEATURES and self.fits
+        return small and self._outer_is_small
+
+    @property
+    def _outer_is_small(self) -> bool:
+        """Whether forming H is cheap next to what it is for, and within the limit."""
+        small = self.outer.shape[0] <= 4 * max(self.shape[0], DENSE_FEATURES)
+        return small and self.outer.fits
+
+    @cached_property
+    def _matrix(self) -> Tensor:
+        return self._formed()
+
+    def _dense(self) -> Tensor:
+        return self._matrix
+
+    def _formed(self) -> Tensor:
+        if not self._outer_is_small:
+            parts = self.identity(self.jacobian.out_size)
+            return torch.cat([self._through_the_chain(part) for part in parts])
+        outer = self.outer
+        # Below a weight stands an activation, whose own matrix will be kept.
+        passing = isinstance(outer, Congruence) and outer.jacobian.matrix is not None
+        H = outer._formed() if passing else outer.to_dense()
+        matrix = self.jacobian.vjp(self.jacobian.vjp(H).T)  # (HJ)ᵀJ
+        if isinstance(self.term, DiagonalOperator):
+            matrix.diagonal().add_(self.term.values)
+            return matrix
+        return matrix if self.term is None else matrix + self.term.to_dense()
+
+    def _diagonal(self) -> Tensor:
+        images = map(self.jacobian.jvp, self.identity(self.jacobian.out_size))
+        diagonal = torch.cat([(v * self.outer.product(v)).sum(1) for v in images])
+        return diagonal if self.term is None else diagonal + self.term.diagonal()
+
+    def solve_damped(
+        self, rows: Tensor, weight: float | Tensor, shift: float
+    ) -> tuple[Tensor, Tensor]:
+        """Woodbury's identity, eq-woodbury: the layer above is at most half as wide.
+
+        With D = weight · R + shift · I and G = weight · H,
+
+            (D + JᵀGJ)⁻¹ b = D⁻¹(b - Jᵀu),   (I + G JD⁻¹Jᵀ) u = G JD⁻¹b,
+
+        a system of the size of H. It needs D to be well away from 0, so R ≥ 0.
+        """
+        narrow = self._narrow_factors() if shift > 0 else None
+        if narrow is None:
+            return super().solve_damped(rows, weight, shift)
+        outer, J = narrow
+        D = rows.new_full((self.shape[0],), shift)
+        if isinstance(self.term, DiagonalOperator):
+            D = D + self.term.values * weight
+        G, scaled = outer.to_dense() * weight, J / D
+        capacitance = G @ (scaled @ J.T)
+        capacitance.diagonal().add_(1)
+        factors, pivots, _ = torch.linalg.lu_factor_ex(capacitance)
+        u = torch.linalg.lu_solve(factors, pivots, G @ (scaled @ rows.T))
+        return (rows - u.T @ J) / D, regularity(factors.diagonal(), shift)
+
+    def _narrow_factors(self) -> tuple[SymmetricOperator, Tensor] | None:
+        """H and a dense J, [z, x], with 2z ≤ x and A = JᵀHJ + R for R ≥ 0, or None."""
+        outer, jacobian, term = self.outer, self.jacobian, self.term
+        if not (term is None or getattr(term, "nonnegative", False)):
+            return None
+        if jacobian.matrix is not None:
+            wide = 2 * outer.shape[0] > self.shape[0]
+            return None if wide else (outer, jacobian.matrix)
+        if (
+            jacobian.is_diagonal
+            and isinstance(outer, Congruence)
+            and outer.term is None
+        ):
+            factors = outer._narrow_factors()
+            return factors and (factors[0], jacobian.jvp(factors[1]))
+        return None
+
+
+class KroneckerBlock(SymmetricOperator):
+    """H ⊗ w FᵀF: the curvature w.r.t. a linear layer's weight.
+
+    One row F = x̄ᵀ makes it the rank-one block H ⊗ x̄x̄ᵀ (averaged Jacobian,
+    Chen et al. 2018), N rows F = X with w = 1/N the block H ⊗ E[xxᵀ] (averaged
+    product, Botev et al. 2017). Vectors are flattened row-major, ``W.flatten()``:
+    index (o, i) stands at o·in + i.
+
+    With the eigenvectors of w FᵀF = QΛQᵀ, what lies outside the span of the rows is in
+    the null space: there (1-α)A + αI is just α. So solves and conjugate gradients work
+    on Y = BQ, out × rank numbers instead of out × in, and on the length of the
+    remainder B⊥ = B - YQᵀ; for one row, see [the split][eq-coordinates]. Each column
+    of Y has [a system of its own][eq-columns], with λ_j H. Projecting before dividing
+    by α keeps digits that the algebraically equal B/α - … of eq-closed-form cancels.
+
+    Args:
+        outer: H, the curvature w.r.t. the layer's output, [out, out].
+        rows: F, [m, in]. It is read, not copied.
+        weight: w, positive.
+    """
+
+    def __init__(
+        self, outer: SymmetricOperator, rows: Tensor, weight: float = 1.0
+    ) -> None:
+        self.sizes = outer.shape[0], rows.shape[1]
+        reads = [Watched(rows, "An input"), *outer.reads]
+        super().__init__(self.sizes[0] * self.sizes[1], outer, reads)
+        self.outer, self.rows, self.weight = outer, rows.detach(), weight
+
+    def product(self, rows: Tensor) -> Tensor:
+        # eq-linear-product, for all rows at once.
+        seen = rows.reshape(-1, *self.sizes) @ self.rows.T  # [k, out, m]
+        bent = self.outer.product(seen.mT.reshape(-1, self.sizes[0]))
+        bent = bent.reshape(len(rows), -1, self.sizes[0]).mT * self.weight
+        return (bent @ self.rows).reshape(rows.shape)
+
+    def _dense(self) -> Tensor:
+        inner = self.rows.T @ self.rows * self.weight
+        # torch.kron refuses a matrix that is stored by columns.
+        return torch.kron(self.outer.to_dense().contiguous(), inner)
+
+    @property
+    def _second_moments(self) -> Tensor:
+        """The diagonal of w FᵀF, [in]."""
+        return self.rows.square().sum(0) * self.weight
+
+    def _diagonal(self) -> Tensor:
+        return torch.outer(self.outer.diagonal(), self._second_moments).flatten()
+
+    def _trace(self) -> Tensor:
+        return self.outer.trace() * self._second_moments.sum()
+
+    def _eigvalsh(self) -> Tensor:
+        values = torch.outer(self.outer.eigvalsh(), self.spectrum[0]).flatten()
+        zeros = values.new_zeros(self.shape[0] - len(values))
+        return torch.cat([values, zeros]).sort().values
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """λ, [k], ascending, and Q, [in, k], with orthonormal columns; k = min(m, in).
+
+        QR keeps Q orthonormal for repeated and for zero rows; the eigenvectors of the
+        Gram matrix FFᵀ, mapped to inputs, would not be.
+        """
+        rows = self.rows
+        if len(rows) == 1:
+            length = torch.linalg.vector_norm(rows)
+            direction = torch.where(length > 0, rows / length, 0)
+            return length.square().reshape(1) * self.weight, direction.T
+        if len(rows) >= self.sizes[1]:
+            return eigh_of_gram(rows.T @ rows * self.weight)
+        basis, factor = torch.linalg.qr(rows.T)
+        values, vectors = eigh_of_gram(factor @ factor.T * self.weight)
+        return values, basis @ vectors
+
+    def solve_damped(
+        self, rows: Tensor, weight: float | Tensor, shift: float
+    ) -> tuple[Tensor, Tensor]:
+        """H ⊗ Λ on the span of the rows F, 1/shift outside: eq-closed-form."""
+        x, margins = torch.zeros_like(rows), []
+        for target, b in zip(x, rows, strict=True):
+            system = self.system(b)
+            y, margin = solve_system(system, weight, shift)
+            system.add_to(target, y, 1.0)
+            margins.append(margin)
+        return x, torch.stack(margins).min()
+
+    def system(self, b: Tensor) -> System:
+        """B, [out, in], as Y = BQ and the length of B⊥, which scales like α alone."""
+        self.require_fresh()
+        B, (values, Q) = b.view(self.sizes), self.spectrum
+        Y = B @ Q
+        if Q.shape[1] == self.sizes[1]:  # Nothing remains.
+            rhs = torch.cat([Y.T, Y.new_zeros(len(values), 1)], dim=1)
+            return System(
+                self.outer,
+                values,
+                rhs,
+                lambda target, y, scale: target.view(self.sizes).addmm_(
+                    y[:, :-1].T, Q.T, alpha=scale
+                ),
+            )
+        length = _remainder_norm(B, Y, Q)
+        rhs = torch.cat([Y.T, Y.new_zeros(len(values), 1)], dim=1)
+        rhs[0, -1] = length
+
+        def add_to(target: Tensor, y: Tensor, scale: float) -> None:
+            # YQᵀ + cB⊥ = cB + (Y - cBQ)Qᵀ for c = y⊥/‖B⊥‖: two passes over the target
+            # and one over B. The right-hand side cancels digits within the span of Q,
+            # at most those that c·B has there to begin with.
+            share = torch.where(length > 0, y[0, -1] / length, 0)
+            inside = y[:, :-1].T - share * Y
+            matrix = target.view(self.sizes).addcmul_(B, share, value=scale)
+            if len(values) == 1:
+                matrix.addr_(inside[:, 0], Q[:, 0], alpha=scale)
+            else:
+                matrix.addmm_(inside, Q.T, alpha=scale)
+
+        return System(self.outer, values, rhs, add_to)
+
+
+def solve_system(
+    system: System, weight: float | Tensor, shift: float
+) -> tuple[Tensor, Tensor]:
+    """The y, [k, n + 1], with [weight · λ_j H + shift · I] y_j = b_j, and a margin.
+
+    With several λ, in [the eigenbasis of H][eq-eigenbases] every matrix is diagonal.
+    The margin is as of ``SymmetricOperator.solve_damped``.
+    """
+    b, null = system.rhs[:, :-1], system.rhs[:, -1:]
+    if len(b) == 1:
+        y, margin = system.operator.solve_damped(b, weight * system.scales, shift)
+    else:
+        values, vectors = decomposed(system.operator.to_dense())
+        damped = weight * torch.outer(system.scales, values) + shift
+        y, margin = (b @ vectors / damped) @ vectors.T, regularity(damped, shift)
+    if shift == 0:
+        return torch.cat([y, null], dim=1), torch.where(null.any(), 0, margin)
+    return torch.cat([y, null / shift], dim=1), margin
+
+
+def as_operator(hessian: object) -> SymmetricOperator:
+    """An output Hessian, [C, C] or [N, C, C], as an operator.
+
+    Raises:
+        TypeError: it is neither a tensor nor an operator.
+        ValueError: a matrix is not square, symmetric and finite.
+    """
+    if isinstance(hessian, SymmetricOperator):
+        return hessian
+    if not isinstance(hessian, Tensor):
+        raise TypeError(
+            f"output_hessian is a {type(hessian).__name__}; pass a [C, C] tensor, as "
+            "from batch_summed_hessian(loss, outputs), or an operator."
+        )
+    require_floats("output_hessian", hessian)
+    matrix = hessian.detach()
+    if matrix.dim() not in (2, 3) or matrix.shape[-2] != matrix.shape[-1]:
+        raise ValueError(
+            f"output_hessian has shape {list(matrix.shape)}; for C output features it "
+            "must be [C, C], as from batch_summed_hessian(loss, outputs), or "
+            "[N, C, C], as from per_sample_hessian(loss, outputs)."
+        )
+    if matrix.numel() == 0:
+        raise ValueError(f"output_hessian of shape {list(matrix.shape)} is empty.")
+    sizes = torch.stack([matrix.abs().max(), (matrix - matrix.mT).abs().max()])
+    largest, asymmetry = sizes.tolist()
+    if not largest < float("inf"):
+        raise ValueError(
+            "output_hessian contains NaN or infinity. Check the loss and the inputs."
+        )
+    # Autograd's round-off is a few eps; a wrong matrix is off by far more.
+    if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * largest:
+        raise ValueError("output_hessian is not symmetric.")
+    return DenseOperator(matrix) if matrix.dim() == 2 else SampleBlocks(matrix)
+
+
+def attach_hessian(parameter: Tensor, operator: SymmetricOperator | None) -> None:
+    """Set ``parameter.hessian``, which no type stub knows."""
+    vars(parameter)["hessian"] = operator
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise ValueError unless ``alpha``, the damping α, is in [0, 1]."""
+    if not (is_number(alpha) and 0 <= alpha <= 1):
+        raise ValueError(
+            f"alpha={alpha!r} is outside [0, 1]. It weighs (1-α)H + αI: 0 is the bare "
+            "curvature, 1 plain gradient descent; 0.02 is a common start."
+        )
+
+
+def regularity(pivots: Tensor, shift: float) -> Tensor:
+    """The margin of ``solve_damped`` from pivots or eigenvalues, a scalar tensor."""
+    sizes = pivots.abs()
+    slack = NULL_SLACK * pivots.numel() if shift == 0 else 1
+    return sizes.min() / (slack * torch.finfo(pivots.dtype).eps * sizes.max())
+
+
+def singular(alpha: float) -> str:
+    """What to say of a system whose margin is not above 1."""
+    return (
+        f"(1-α)H + αI is singular or not finite at alpha={alpha}. Use a larger alpha, "
+        "or solver='cg'."
+    )
+
+
+def decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors.
+
+    In float32 LAPACK gives up on some finite matrices, such as the Gram matrix of
+    saturated features, whose entries are 1, or tiny, or 0. In float64 it does not.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    # Documented, but torch's types do not know it.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix), vectors.to(matrix)
+
+
+def eigh_of_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending and not negative, and eigenvectors of a Gram matrix.
+
+    Where the matrix is not finite, for its squares may overflow, the values are NaN,
+    and the solver says so; ``torch.linalg.eigh`` would raise an error of its own.
+    """
+    values, vectors = decomposed(matrix.nan_to_num(0.0, 0.0, 0.0))
+    return values.clamp(min=0) + 0 * matrix.trace(), vectors
+
+
+def _add_vector(target: Tensor, y: Tensor, scale: float) -> None:
+    target.add_(y[0, :-1], alpha=scale)
+
+
+def _remainder_norm(B: Tensor, Y: Tensor, Q: Tensor) -> Tensor:
+    """‖B⊥‖ of B⊥ = B - YQᵀ, but never 0 where B is not.
+
+    y⊥/‖B⊥‖ tells by how much B⊥ itself, however small, is to be scaled. A length of
+    1e-15 ‖B‖ has no say in any inner product.
+
+    B⊥ is formed a few rows at a time, so that it stays in the cache and no array of the
+    weight's size is made. Pythagoras would be cheaper, but cannot tell a B⊥ below
+    1e-3 ‖B‖ from round-off in float32.
+    """
+    norm, rows = torch.linalg.vector_norm, max(1, REMAINDER_ENTRIES // B.shape[1])
+    lengths = []
+    for b, y in zip(B.split(rows), Y.split(rows), strict=True):
+        if Q.shape[1] == 1:
+            remainder = torch.addr(b, y[:, 0], Q[:, 0], alpha=-1)
+        else:
+            remainder = torch.addmm(b, y, Q.T, alpha=-1)
+        lengths.append(norm(remainder))
+    return torch.maximum(norm(torch.stack(lengths)), NEGLIGIBLE * norm(Y))

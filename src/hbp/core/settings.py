@@ -1,0 +1,88 @@
+"""Policy: every threshold of the core in one place, with what was measured.
+
+The mathematics does not depend on any of them. They decide how much memory a step may
+take, which of two ways to the same numbers is faster, and what counts as round-off.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .guards import is_number
+
+_dense_limit: float = 2**29
+
+DENSE_FEATURES: Final = 256
+"""Up to this size ``Congruence`` forms its matrix before it multiplies.
+
+A product through the chain reads every weight above twice and launches some five
+kernels a layer; with the matrix it reads n² numbers in one. Conjugate gradients takes
+tens of products. On the network of tutorial 02, on a CPU, a whole step is as fast with
+128 as with 256, and slower by 1 or 2 % with 0 or with 512, where forming the matrix
+takes eight times the arithmetic.
+"""
+
+ROWS_AT_ONCE: Final = 256
+"""Rows of the identity that are multiplied at a time, at most."""
+
+ENTRIES_AT_ONCE: Final = 2**24
+"""Entries of such rows or of their images, at most: 64 MiB in float32."""
+
+REMAINDER_ENTRIES: Final = 2**19
+"""Entries of a gradient's remainder that are formed at a time: 2 MiB in float32."""
+
+NEGLIGIBLE: Final = 1e-15
+"""A length, relative to others, that has no say in any inner product."""
+
+TOGETHER: Final = 2**12
+"""Systems of up to this many unknowns share the vectors of conjugate gradients.
+
+Short vectors are padded to the longest. With 2**16, those of a network with averaged
+products took more memory than the test allows, and no less time.
+"""
+
+CHECK_EVERY: Final = 3
+"""Iterations of such systems between two reads of what is done: a GPU waits for each.
+
+A product of a large system costs more than the read, so there it is 1.
+"""
+
+NULL_SLACK: Final = 10
+"""By how many n·eps a pivot of a singular matrix may differ from 0.
+
+The null space of a curvature shows up as pivots of at most 2.4 n·eps in softmax
+Hessians of 2 to 200 classes. A damped one stands at α.
+"""
+
+
+def set_dense_limit(nbytes: float) -> float:
+    """Set how large a matrix may become before it stays an operator.
+
+    ``to_dense()`` refuses to form a larger one. Rules that would form a larger one on
+    their own, as the averaged product does, use products instead. 512 MiB at first:
+    11,585 features in float32.
+
+    Args:
+        nbytes: The bound in bytes, for one matrix; positive.
+
+    Returns:
+        The bound that held before.
+
+    Raises:
+        ValueError: ``nbytes`` is no positive number.
+    """
+    global _dense_limit
+    if not (is_number(nbytes) and nbytes > 0):
+        raise ValueError(f"nbytes={nbytes!r} must be a positive number of bytes.")
+    before, _dense_limit = _dense_limit, nbytes
+    return before
+
+
+def fits_dense(nbytes: int) -> bool:
+    """Whether an array of ``nbytes`` is within the limit of ``set_dense_limit``."""
+    return nbytes <= _dense_limit
+
+
+def rows_at_once(entries: int) -> int:
+    """How many vectors of so many entries are multiplied at a time; at least 1."""
+    return max(1, min(ROWS_AT_ONCE, ENTRIES_AT_ONCE // entries))

@@ -1,0 +1,1 @@
+"""Further layers, on the contract of the core."""
