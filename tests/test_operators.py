@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,18 +14,21 @@ import torch
 from helpers import close, indefinite, randn, spd
 from torch import Tensor
 
-from hbp import operators
-from hbp.maps import DiagonalMap, MatrixMap
+from hbp.blocks import BlockDiagonal, split
+from hbp.core import operators
+from hbp.core.jacobians import Diagonal, Matrix
+from hbp.core.operators import Repeated, System, solve_system
+from hbp.fast import RowsBlock
 from hbp.operators import (
     Congruence,
     DenseOperator,
-    DirectSum,
+    DiagonalOperator,
     KroneckerBlock,
-    KroneckerDiagonal,
-    KroneckerProduct,
     MatrixFree,
-    Reduction,
+    OperatorSum,
+    SampleBlocks,
     SymmetricOperator,
+    ZeroOperator,
 )
 
 Pair = tuple[SymmetricOperator, np.ndarray]
@@ -35,18 +39,56 @@ def _dense(make: Callable[[int], Tensor], n: int = 5) -> Pair:
     return DenseOperator(H), H.numpy()
 
 
+def _diagonal(make: Callable[[int], Tensor]) -> Pair:
+    values = torch.linalg.eigvalsh(make(4))
+    return DiagonalOperator(values), np.diag(values)
+
+
+def _zero(make: Callable[[int], Tensor]) -> Pair:
+    return ZeroOperator(4, make(2)), np.zeros((4, 4))
+
+
+def _samples(make: Callable[[int], Tensor]) -> Pair:
+    matrices = torch.stack([make(3), 2 * make(3)])
+    dense = np.zeros((6, 6))
+    dense[:3, :3], dense[3:, 3:] = matrices.numpy()
+    return SampleBlocks(matrices), dense
+
+
+def _repeated(make: Callable[[int], Tensor]) -> Pair:
+    H = make(2)
+    return Repeated(DenseOperator(H), 3), np.kron(np.eye(3), H.numpy() / 3)
+
+
+def _sum(make: Callable[[int], Tensor]) -> Pair:
+    parts = [_dense(make, 6), _block(make, partial(randn, 1, 2)), _samples(make)]
+    operators, matrices = zip(*parts, strict=True)
+    return OperatorSum(operators), sum(matrices)
+
+
+def _second_order(r: Tensor | None) -> DiagonalOperator | None:
+    return None if r is None else DiagonalOperator(r)
+
+
 def _through_weight(make: Callable[[int], Tensor], bent: bool = False) -> Pair:
     H, W = make(3), randn(3, 5)
     r = torch.linspace(0.1, 0.5, 5, dtype=torch.float64) if bent else None
     dense = np.einsum("zx,zy,yw->xw", W, H, W) + (np.diag(r) if bent else 0)
-    return Congruence(DenseOperator(H), MatrixMap(W), r), dense
+    return Congruence(DenseOperator(H), Matrix(W, 1), _second_order(r)), dense
 
 
 def _through_slope(make: Callable[[int], Tensor], bent: bool = False) -> Pair:
     H, d = make(4), randn(4)
     r = randn(4).abs() if bent else None
     dense = d.numpy()[:, None] * H.numpy() * d.numpy() + (np.diag(r) if bent else 0)
-    return Congruence(DenseOperator(H), DiagonalMap(d), r), dense
+    return Congruence(DenseOperator(H), Diagonal(d[None]), _second_order(r)), dense
+
+
+def _bent_by_a_matrix(make: Callable[[int], Tensor]) -> Pair:
+    """A second-order term that is no diagonal matrix, as that of a general layer."""
+    H, W, R = make(2), randn(2, 4), spd(4)
+    dense = W.numpy().T @ H.numpy() @ W.numpy() + R.numpy()
+    return Congruence(DenseOperator(H), Matrix(W, 1), DenseOperator(R)), dense
 
 
 def _chain(make: Callable[[int], Tensor], formed: bool = False) -> Pair:
@@ -54,8 +96,8 @@ def _chain(make: Callable[[int], Tensor], formed: bool = False) -> Pair:
     operator, dense = _dense(make, 3)
     for size in (4, 5):
         W, d, r = randn(operator.shape[0], size), randn(size), randn(size).abs()
-        operator = Congruence(operator, MatrixMap(W))
-        operator = Congruence(operator, DiagonalMap(d), r)
+        operator = Congruence(operator, Matrix(W, 1))
+        operator = Congruence(operator, Diagonal(d[None]), DiagonalOperator(r))
         J = W.numpy() * d.numpy()
         dense = J.T @ dense @ J + np.diag(r)
     if formed:
@@ -68,29 +110,32 @@ def _through_narrow_weights(make: Callable[[int], Tensor]) -> Pair:
     operator, dense = _dense(make, 2)
     for size in (4, 9):
         W, d, r = randn(operator.shape[0], size), randn(size), randn(size).abs()
-        operator = Congruence(operator, MatrixMap(W))
-        operator = Congruence(operator, DiagonalMap(d), r, nonnegative=True)
+        operator = Congruence(operator, Matrix(W, 1))
+        term = DiagonalOperator(r, nonnegative=True)
+        operator = Congruence(operator, Diagonal(d[None]), term)
         J = W.numpy() * d.numpy()
         dense = J.T @ dense @ J + np.diag(r)
     return operator, dense
 
 
 def _kronecker(make: Callable[[int], Tensor], m: int) -> Pair:
+    """H ⊗ S, by the factor of S."""
     H, S = make(4), spd(m)
-    return KroneckerProduct(DenseOperator(H), S), np.kron(H.numpy(), S.numpy())
+    F = torch.linalg.cholesky(S).T
+    return KroneckerBlock(DenseOperator(H), F), np.kron(H.numpy(), S.numpy())
 
 
 def _copies(make: Callable[[int], Tensor], values: list[float]) -> Pair:
     H, scales = make(4), torch.tensor(values, dtype=torch.float64)
     dense = np.kron(H.numpy(), np.diag(values))
-    return KroneckerDiagonal(DenseOperator(H), scales), dense
+    return KroneckerBlock(DenseOperator(H), scales.sqrt().diag()), dense
 
 
 def _told_block(make: Callable[[int], Tensor]) -> Pair:
     """A block with a weight that knows a gradient, which b need not be."""
     H, F, delta = make(3), randn(4, 6), randn(4, 3)
     dense = np.kron(H.numpy(), 0.25 * (F.T @ F).numpy())
-    return KroneckerBlock(DenseOperator(H), F, 0.25, delta), dense
+    return RowsBlock(DenseOperator(H), F, 0.25, delta), dense
 
 
 def _block(make: Callable[[int], Tensor], rows: Callable[[], Tensor]) -> Pair:
@@ -102,13 +147,26 @@ def _block(make: Callable[[int], Tensor], rows: Callable[[], Tensor]) -> Pair:
     return KroneckerBlock(DenseOperator(H), F), dense
 
 
-def _sum(make: Callable[[int], Tensor]) -> Pair:
-    parts = [_dense(make, 2), _block(make, partial(randn, 4, 3)), _dense(make, 3)]
-    sizes = np.cumsum([0] + [len(dense) for _, dense in parts])
-    dense = np.zeros((sizes[-1], sizes[-1]))
-    for (_, block), i, j in zip(parts, sizes, sizes[1:], strict=False):
-        dense[i:j, i:j] = block
-    return DirectSum([operator for operator, _ in parts]), dense
+def _only_blocks(dense: np.ndarray, sizes: list[int]) -> np.ndarray:
+    ends = np.cumsum([0, *sizes])
+    kept = np.zeros_like(dense)
+    for i, j in pairwise(ends):
+        kept[i:j, i:j] = dense[i:j, i:j]
+    return kept
+
+
+def _block_diagonal(make: Callable[[int], Tensor]) -> Pair:
+    operator, dense = _dense(make, 6)
+    sizes = [1, 3, 2]
+    return BlockDiagonal(operator, sizes), _only_blocks(dense, sizes)
+
+
+def _split_block(
+    make: Callable[[int], Tensor], sizes: list[int], told: bool = False
+) -> Pair:
+    """Sub-blocks of H ⊗ S: those of H, or some that cut through an output feature."""
+    operator, dense = (_told_block if told else partial(_kronecker, m=3))(make)
+    return split(operator, sizes), _only_blocks(dense, sizes)
 
 
 def _matrix_free(make: Callable[[int], Tensor]) -> Pair:
@@ -127,12 +185,19 @@ def _with_zero_row() -> Tensor:
 
 BUILDERS: dict[str, Callable[..., Pair]] = {
     "dense": _dense,
+    "diagonal": _diagonal,
+    "zero": _zero,
+    "one matrix for each sample": _samples,
+    "the same for each sample": _repeated,
+    "sum": _sum,
     "through a weight": _through_weight,
     "through a weight, bent": partial(_through_weight, bent=True),
     "through a slope": _through_slope,
     "through a slope, bent": partial(_through_slope, bent=True),
+    "bent by a matrix": _bent_by_a_matrix,
     "chain": _chain,
     "chain, matrix formed": partial(_chain, formed=True),
+    "chain, each layer twice as wide": _through_narrow_weights,
     "kronecker": partial(_kronecker, m=3),
     "kronecker with a number": partial(_kronecker, m=1),
     "copies": partial(_copies, values=[0.3, 2.0, 1.0]),
@@ -146,7 +211,11 @@ BUILDERS: dict[str, Callable[..., Pair]] = {
     "block, a zero row": partial(_block, rows=_with_zero_row),
     "block, repeated rows": partial(_block, rows=_repeated_rows),
     "block, told a gradient": _told_block,
-    "direct sum": _sum,
+    "block diagonal": _block_diagonal,
+    "split block": partial(_split_block, sizes=[6, 6]),
+    "split block, into uneven parts": partial(_split_block, sizes=[3, 9]),
+    "split block, through features": partial(_split_block, sizes=[4, 8]),
+    "split block, told a gradient": partial(_split_block, sizes=[12, 6], told=True),
     "matrix-free": _matrix_free,
 }
 
@@ -170,12 +239,19 @@ def pair(request: pytest.FixtureRequest, make: Callable[[int], Tensor]) -> Pair:
     return BUILDERS[request.param](make)
 
 
-def _expand(reduction: Reduction, y: Tensor, n: int) -> Tensor:
+def _expand(system: System, y: Tensor, n: int) -> Tensor:
     """The vector, [n], with coordinates ``y``."""
     start = randn(n)
     target = start.clone()
-    reduction.add_to(target, y, scale=-0.5)
+    system.add_to(target, y, -0.5)
     return -2 * (target - start)
+
+
+def _times(system: System, y: Tensor) -> Tensor:
+    """A in coordinates: λ_j H y_j, and nothing in the null space."""
+    product = torch.zeros_like(y)
+    product[:, :-1] = system.scales[:, None] * (system.operator @ y[:, :-1].T).T
+    return product
 
 
 # --------------------------------------------------------------------------------------
@@ -237,44 +313,44 @@ def test_solve_without_damping(pair: Pair) -> None:
         close(operator.solve(b), np.linalg.solve(dense, b), rtol=1e-9)
 
 
-def test_reduction_is_an_isometry(pair: Pair) -> None:
+def test_a_system_is_an_isometry(pair: Pair) -> None:
     """A, b and every Krylov vector in orthonormal coordinates of a subspace."""
     operator, dense = pair
     b = randn(len(dense))
-    reduction = operator.reduce(b)
-    size = reduction.operator.shape[0]
-    assert size <= len(dense)
-    assert reduction.rhs.shape in {(size,), (size + 1,)}
-    close(_expand(reduction, reduction.rhs, len(b)), b)
+    kept = b.clone()
+    system = operator.system(b)
+    count, size = len(system.scales), system.operator.shape[0]
+    assert count * size <= len(dense)
+    assert system.rhs.shape == (count, size + 1)
+    close(_expand(system, system.rhs, len(b)), b)
 
-    krylov, full = [reduction.rhs], [b.numpy()]
+    krylov, full = [system.rhs], [b.numpy()]
     for _ in range(4):
-        product = torch.zeros_like(reduction.rhs)
-        product[:size] = reduction.operator @ krylov[-1][:size]
-        krylov.append(product)
+        krylov.append(_times(system, krylov[-1]))
         full.append(dense @ full[-1])
-        close(_expand(reduction, krylov[-1], len(b)), full[-1])
-    gram, full_gram = torch.stack(krylov), np.stack(full)
+        close(_expand(system, krylov[-1], len(b)), full[-1])
+    gram, full_gram = torch.stack(krylov).flatten(1), np.stack(full)
     # Inner products up to 10⁴; 2e-12 was the largest.
     close(gram @ gram.T, full_gram @ full_gram.T, rtol=1e-10)
-    close(reduction.rhs.norm(), b.norm())
+    close(system.rhs.norm(), b.norm())
 
     alpha = 0.02
     damped = (1 - alpha) * dense + alpha * np.eye(len(dense))
-    y, margin = reduction.solve_damped(alpha)
+    y, margin = solve_system(system, 1 - alpha, alpha)
     assert margin > 1
-    solution = _expand(reduction, y, len(b))
+    solution = _expand(system, y, len(b))
     close(solution, np.linalg.solve(damped, b), rtol=1e-9)
+    assert torch.equal(b, kept)
 
 
-def test_reduction_of_special_right_hand_sides(pair: Pair) -> None:
+def test_systems_of_special_right_hand_sides(pair: Pair) -> None:
     """In the range (no remainder), and zero."""
     operator, dense = pair
     b = torch.tensor(dense @ randn(len(dense)).numpy())
-    reduction = operator.reduce(b)
-    close(_expand(reduction, reduction.rhs, len(b)), b)
-    close(reduction.rhs.norm(), b.norm())
-    zero = operator.reduce(b * 0)
+    system = operator.system(b)
+    close(_expand(system, system.rhs, len(b)), b)
+    close(system.rhs.norm(), b.norm())
+    zero = operator.system(b * 0)
     close(zero.rhs, np.zeros(zero.rhs.shape))
     close(_expand(zero, zero.rhs, len(b)), np.zeros(len(b)))
 
@@ -311,6 +387,10 @@ def test_wrong_vectors(pair: Pair) -> None:
         operator @ dense
     with pytest.raises(ValueError, match=r"b has shape"):
         operator.solve(randn(n + 1), 0.1)
+    with pytest.raises(TypeError, match="b must be a tensor, got ndarray"):
+        operator.solve(dense[0], 0.1)
+    with pytest.raises(ValueError, match=r"sparse.*\.to_dense\(\)"):
+        operator @ randn(n).to_sparse()
     for alpha in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"alpha=.* outside \[0, 1\]"):
             operator.solve(randn(n), alpha)
@@ -323,8 +403,8 @@ def test_wrong_vectors(pair: Pair) -> None:
 
 def _weight_chain() -> tuple[Tensor, SymmetricOperator]:
     weight = torch.nn.Parameter(randn(3, 5))
-    inner = Congruence(DenseOperator(spd(3)), MatrixMap(weight))
-    return weight, Congruence(inner, DiagonalMap(randn(5)))
+    inner = Congruence(DenseOperator(spd(3)), Matrix(weight, 1))
+    return weight, Congruence(inner, Diagonal(randn(1, 5)))
 
 
 @pytest.mark.parametrize(
@@ -336,8 +416,9 @@ def _weight_chain() -> tuple[Tensor, SymmetricOperator]:
         lambda A: A.trace(),
         lambda A: A.eigvalsh(),
         lambda A: A.solve(randn(5), 0.1),
+        lambda A: A.system(randn(5)),
     ],
-    ids=["matmul", "to_dense", "diagonal", "trace", "eigvalsh", "solve"],
+    ids=["matmul", "to_dense", "diagonal", "trace", "eigvalsh", "solve", "system"],
 )
 def test_curvature_of_a_weight_that_has_changed_is_refused(use: Callable) -> None:
     weight, operator = _weight_chain()
@@ -347,6 +428,67 @@ def test_curvature_of_a_weight_that_has_changed_is_refused(use: Callable) -> Non
         weight.add_(1)
     with pytest.raises(RuntimeError, match=r"shape \[3, 5\] has changed since"):
         use(operator)
+
+
+USES: dict[str, Callable[[SymmetricOperator], object]] = {
+    "matmul": lambda A: A @ randn(A.shape[0]),
+    "to_dense": lambda A: A.to_dense(),
+    "diagonal": lambda A: A.diagonal(),
+    "trace": lambda A: A.trace(),
+    "eigvalsh": lambda A: A.eigvalsh(),
+    "solve": lambda A: A.solve(randn(A.shape[0]), 0.1),
+    "system": lambda A: A.system(randn(A.shape[0])),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda A: Congruence(A, Matrix(randn(5, 4), 1)),
+        lambda A: Repeated(A, 2),
+        lambda A: OperatorSum([DenseOperator(spd(5)), A]),
+        lambda A: KroneckerBlock(A, randn(1, 3)),
+        lambda A: KroneckerBlock(A, randn(4, 3)),
+        lambda A: RowsBlock(A, randn(2, 3), 0.5, randn(2, 5)),
+        lambda A: BlockDiagonal(A, [2, 3]),
+        lambda A: split(KroneckerBlock(A, randn(4, 3)), [6, 9]),
+        lambda A: split(KroneckerBlock(A, randn(4, 3)), [7, 8]),
+        lambda A: Congruence(DenseOperator(spd(2)), Matrix(randn(2, 5), 1), A),
+    ],
+    ids=[
+        "congruence",
+        "repeated",
+        "sum",
+        "rank one",
+        "block",
+        "rows",
+        "block diagonal",
+        "split",
+        "split through features",
+        "second-order term",
+    ],
+)
+def test_what_stands_on_changed_curvature_is_refused(wrap: Callable, use: str) -> None:
+    """Each operator asks those that it is made of."""
+    weight, inner = _weight_chain()
+    operator = wrap(inner)
+    USES[use](operator)
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match=r"shape \[3, 5\] has changed since"):
+        USES[use](operator)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_curvature_of_an_input_that_has_changed_is_refused(use: str) -> None:
+    for kind in (KroneckerBlock, partial(RowsBlock, weight=1.0, delta=randn(2, 3))):
+        x = randn(2, 4)
+        operator = kind(DenseOperator(spd(3)), x)
+        USES[use](operator)
+        x.mul_(2)
+        with pytest.raises(RuntimeError, match=r"input of shape \[2, 4\] has changed"):
+            USES[use](operator)
 
 
 def test_a_matrix_that_was_formed_survives_the_weight() -> None:
@@ -390,17 +532,15 @@ def test_a_product_forms_no_matrix() -> None:
     """10⁴ features: the matrix alone would take 800 MB."""
     n = 10_000
     outer = DenseOperator(spd(3))
-    chain = Congruence(outer, MatrixMap(randn(3, n)))
-    block = KroneckerBlock(
-        Congruence(chain, DiagonalMap(randn(n)), randn(n)), randn(1, 30)
-    )
+    chain = Congruence(outer, Matrix(randn(3, n), 1))
+    step, bent = randn(1, n), DiagonalOperator(randn(n))
+    block = KroneckerBlock(Congruence(chain, Diagonal(step), bent), randn(1, 30))
     v = randn(30 * n)
     product = block @ v
     # One entry by hand: H is JᵀMJ + diag(r).
-    head, step = block.outer, block.outer.jacobian.diagonal
     J = chain.jacobian.matrix * step
     row = J[:, 7] @ outer.matrix @ J
-    row[7] += head.second_order[7]
+    row[7] += bent.values[7]
     x = block.rows[0]
     close(product[7 * 30 + 4], row @ (v.view(n, 30) @ x) * x[4], rtol=1e-9)
 
@@ -439,9 +579,9 @@ def test_float32_keeps_its_digits() -> None:
     expected = exact.solve(b.double(), alpha).view_as(B)
     operator = KroneckerBlock(DenseOperator(H), rows)
     found = operator.solve(b, alpha)
-    # The same through the reduction, as a step of CGNewton takes it.
-    reduction, step = operator.reduce(b), torch.zeros_like(b)
-    reduction.add_to(step, reduction.solve_damped(alpha)[0], scale=1.0)
+    # The same through the system, as a step of CGNewton takes it.
+    system, step = operator.system(b), torch.zeros_like(b)
+    system.add_to(step, solve_system(system, 1 - alpha, alpha)[0], 1.0)
     # The algebraically equal form without projection.
     inner = torch.linalg.solve(
         (1 - alpha) * (x @ x) * H + alpha * torch.eye(len(H)), (1 - alpha) * H @ B @ x
@@ -480,7 +620,7 @@ def test_ill_conditioned_but_regular_systems_are_solved() -> None:
     x = randn(20)
     for operator in (
         DenseOperator(basis * values @ basis.T),
-        KroneckerProduct(DenseOperator(torch.diag(values[:5])), torch.eye(4).double()),
+        KroneckerBlock(DenseOperator(torch.diag(values[:5])), torch.eye(4).double()),
     ):
         close(operator @ operator.solve(x), x, atol=1e-4)
 
@@ -495,20 +635,19 @@ def test_not_finite_curvature_is_no_solution() -> None:
 
 def test_factors_may_be_stored_by_columns() -> None:
     H, F = spd(3), randn(2, 4)
-    S = F.T @ F
-    expected = np.kron(H, S)
+    expected = np.kron(H, F.T @ F)
     outer = DenseOperator(H.T.contiguous().T)
     close(KroneckerBlock(outer, F.T.contiguous().T).to_dense(), expected)
-    close(KroneckerProduct(outer, S.T.contiguous().T).to_dense(), expected)
 
 
 def test_wrong_pieces() -> None:
     with pytest.raises(ValueError, match=r"square, got shape \[2, 3\]"):
         DenseOperator(randn(2, 3))
-    with pytest.raises(ValueError, match="blocks is empty"):
-        DirectSum([])
-    with pytest.raises(ValueError, match="blocks differ in dtype or device"):
-        DirectSum([DenseOperator(spd(2)), DenseOperator(spd(2).float())])
+    with pytest.raises(ValueError, match=r"must be \[N, n, n\], got \[2, 2\]"):
+        SampleBlocks(spd(2))
+    for make in (DenseOperator, lambda H: DiagonalOperator(H.diagonal())):
+        with pytest.raises(ValueError, match=r"bfloat16 is too coarse.*\.float\(\)"):
+            make(spd(2).bfloat16())
     for answer, got in ((randn(3), r"\[3\]"), (1.0, "float")):
         operator = MatrixFree(
             lambda v, answer=answer: answer, 2, torch.float64, torch.device("cpu")
