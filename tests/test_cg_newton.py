@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -123,21 +124,22 @@ def test_cg_and_direct_take_the_same_step(scheme: tuple, treatment: str) -> None
             close((found - old).flatten(), 0.5 * expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 6], ids=["rank one", "few rows", "many rows"])
-@pytest.mark.parametrize("maxiter", [1, 2, 3, 4, 5])
-def test_compressed_iterates_are_those_of_the_full_block(
-    rows: int, maxiter: int
-) -> None:
-    """Step by step: CG in out·rank + 1 numbers is CG on out·in numbers.
-
-    Here all rows make one part; of several, see ``test_parts``.
-    """
-    H, F, alpha = spd(4), randn(rows, 5), 0.05
+def weight_with_block(
+    rows: int, alpha: float, maxiter: int
+) -> tuple[nn.Parameter, Tensor, CGNewton]:
+    """A weight with H ⊗ FᵀF, its damped matrix, and an optimizer for so many steps."""
+    H, F = spd(4), randn(rows, 5)
     p = parameter(4, 5)
     p.grad, p.hessian = randn(4, 5), KroneckerBlock(DenseOperator(H), F)
-    dense = torch.tensor(damped(p, alpha))
-    expected = hbp.cg(dense, -p.grad.flatten(), tol=1e-14, maxiter=maxiter)
     optimizer = CGNewton([p], 1.0, alpha, cg_atol=0.0, cg_tol=1e-14, cg_maxiter=maxiter)
+    return p, torch.tensor(damped(p, alpha)), optimizer
+
+
+@pytest.mark.parametrize("maxiter", [1, 2, 3, 4, 5])
+def test_compressed_iterates_are_those_of_the_full_block(maxiter: int) -> None:
+    """Rank one, step by step: CG in out + 1 numbers is CG on out·in numbers."""
+    p, dense, optimizer = weight_with_block(1, 0.05, maxiter)
+    expected = hbp.cg(dense, -p.grad.flatten(), tol=1e-14, maxiter=maxiter)
     step = moved(p, optimizer.step).flatten()
     # Round-off grows with the steps; 3e-14 was the largest.
     close(step, expected.x, rtol=1e-9, atol=1e-11)
@@ -146,6 +148,40 @@ def test_compressed_iterates_are_those_of_the_full_block(
     # The last residual of a factor of rank one is round-off; 2e-12 was the largest.
     residual = pytest.approx(expected.residual_norm, rel=1e-9, abs=1e-11)
     assert info.residual_norm == residual
+
+
+@pytest.mark.parametrize("rows", [3, 6], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("maxiter", [1, 2, 3, 4, 5])
+def test_each_column_iterates_by_itself(rows: int, maxiter: int) -> None:
+    """H ⊗ E[xxᵀ]: as many steps on (1-α)λ_j H + αI, for every j, as are allowed.
+
+    That is never a worse step than conjugate gradients takes on the whole block.
+    """
+    alpha = 0.05
+    p, dense, optimizer = weight_with_block(rows, alpha, maxiter)
+    system = p.hessian.system(p.grad.flatten())
+    H = p.hessian.outer.matrix
+    assert len(system.scales) == min(rows, 5)
+    alone = []
+    for scale, b in zip(system.scales, system.rhs, strict=True):
+        matrix = torch.zeros(5, 5).double()
+        matrix[:4, :4] = (1 - alpha) * scale * H
+        matrix.diagonal().add_(alpha)
+        alone.append(hbp.cg(matrix, b, tol=1e-14, maxiter=maxiter))
+    expected = torch.zeros(20).double()
+    system.add_to(expected, torch.stack([found.x for found in alone]), -1.0)
+
+    step = moved(p, optimizer.step).flatten()
+    close(step, expected, rtol=1e-9, atol=1e-11)
+    info = optimizer.last_step[p]
+    assert info.iterations == max(found.iterations for found in alone)
+    residual = math.hypot(*[found.residual_norm for found in alone])
+    assert info.residual_norm == pytest.approx(residual, rel=1e-9, abs=1e-11)
+
+    b = -p.grad.flatten()
+    whole = hbp.cg(dense, b, tol=1e-14, maxiter=maxiter).x
+    model, joint = (float(d @ dense @ d / 2 - b @ d) for d in (step, whole))
+    assert model <= joint + 1e-12 * abs(joint)
 
 
 def test_compressed_cg_stops_with_full_cg() -> None:
