@@ -1,9 +1,11 @@
-"""Sub-blocks and joint blocks: what is kept, what is dropped, and how steps follow."""
+"""Sub-blocks: what is kept, what is dropped, and how steps follow."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from helpers import close, randn
 from torch import Tensor, nn
 
 import hbp
-from hbp.blocks import JointPart
-from hbp.operators import DirectSum
+from hbp.blocks import BlockDiagonal
+from hbp.operators import KroneckerBlock, SymmetricOperator
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -72,6 +74,13 @@ def row_sizes(parameter: Tensor, count: int) -> list[int]:
     return [group * parameter[0].numel() for group in groups]
 
 
+def is_split(operator: SymmetricOperator | None) -> bool:
+    """Whether ``hbp.blocks`` made it, of the block or of the factor H in it."""
+    if isinstance(operator, KroneckerBlock):
+        operator = operator.outer
+    return isinstance(operator, BlockDiagonal)
+
+
 @NETS
 @READINGS
 @pytest.mark.parametrize("count", [2, 3, 5, 100])
@@ -84,7 +93,7 @@ def test_sub_blocks_drop_what_couples_them(make: Any, reading: str, count: int) 
         expected = block_diagonal_part(
             p.hessian.to_dense(), row_sizes(p, min(count, len(p)))
         )
-        assert isinstance(q.hessian, DirectSum)
+        assert is_split(q.hessian)
         close(q.hessian.to_dense(), expected)
         close(q.hessian.diagonal(), expected.diagonal())
         close(q.hessian.eigvalsh(), torch.linalg.eigvalsh(expected))
@@ -97,21 +106,16 @@ def test_sub_blocks_drop_what_couples_them(make: Any, reading: str, count: int) 
 @NETS
 @READINGS
 @pytest.mark.parametrize("solver", ["cg", "direct"])
-@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_steps(make: Any, reading: str, solver: Any, joint: bool, count: int) -> None:
+def test_steps(make: Any, reading: str, solver: Any, count: int) -> None:
     """θ moves by the solution of the dense system of the chosen block."""
     model = make()
-    model.set_hbp_blocks(count, joint)
+    model.set_hbp_blocks(count)
     send_back(model, reading)
     optimizer = hbp.CGNewton(
         model.parameters(), lr=0.5, alpha=0.1, cg_tol=1e-14, cg_atol=0, solver=solver
     )
-    expected = []
-    for layer in model:
-        own = list(layer.parameters())
-        for group in [own] if joint and own else [[p] for p in own]:
-            expected += expected_steps(group, 0.5, 0.1)
+    expected = [expected_step(p, 0.5, 0.1) for p in model.parameters()]
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     for p, old, change in zip(model.parameters(), before, expected, strict=True):
@@ -120,132 +124,43 @@ def test_steps(make: Any, reading: str, solver: Any, joint: bool, count: int) ->
         assert optimizer.last_step[p].converged
 
 
-def expected_steps(group: list[Tensor], lr: float, alpha: float) -> list[Tensor]:
-    if len(group) == 1:
-        matrix, gradient = group[0].hessian.to_dense(), group[0].grad.flatten()
-    else:
-        matrix = group[0].hessian.joint.operator.to_dense()
-        weight, bias = group[0].grad, group[1].grad
-        gradient = torch.cat([weight.flatten(1), bias[:, None]], dim=1).flatten()
+def expected_step(p: Tensor, lr: float, alpha: float) -> Tensor:
+    matrix = p.hessian.to_dense()
     damped = (1 - alpha) * matrix + alpha * torch.eye(len(matrix)).double()
-    step = -lr * torch.linalg.solve(damped, gradient)
-    if len(group) == 1:
-        return [step.view(group[0].shape)]
-    rows = step.view(len(group[0]), -1)
-    return [rows[:, :-1].reshape(group[0].shape), rows[:, -1]]
-
-
-@NETS
-@READINGS
-def test_a_joint_block_is_that_of_homogeneous_coordinates(
-    make: Any, reading: str
-) -> None:
-    """Its diagonal blocks are the separate ones; its coupling, by a bias as weight."""
-    model, separate = make(), make()
-    model.set_hbp_blocks(joint_bias=True)
-    send_back(model, reading)
-    send_back(separate, reading)
-    for p, q in zip(model.parameters(), separate.parameters(), strict=True):
-        assert isinstance(p.hessian, JointPart)
-        assert p.hessian.shape == q.hessian.shape
-        close(p.hessian.to_dense(), q.hessian.to_dense())
-        close(p.hessian.diagonal(), q.hessian.diagonal())
-        close(p.hessian.trace(), q.hessian.trace())
-
-
-@READINGS
-def test_the_coupling_of_weight_and_bias(reading: str) -> None:
-    """A linear layer without bias whose input has a 1 more is the same layer."""
-    model = hbp.HBPLinear(4, 3).double()
-    wide = hbp.HBPLinear(5, 3, bias=False).double()
-    with torch.no_grad():
-        wide.weight.copy_(torch.cat([model.weight, model.bias[:, None]], dim=1))
-    model.set_hbp_blocks(joint_bias=True)
-    inputs = randn(6, 4)
-    for layer, x in [
-        (model, inputs),
-        (wide, torch.cat([inputs, torch.ones(6, 1).double()], dim=1)),
-    ]:
-        layer.set_hbp_approximation(
-            average_parameter_jacobian=reading != "averaged products"
-        )
-        outputs = layer(x)
-        loss = LOSS(outputs, torch.arange(6) % 3)
-        hessian = hbp.per_sample_hessian(loss, outputs)
-        loss.backward()
-        layer.backward_hessian(hessian if reading == "exact" else hessian.sum(0))
-    assert isinstance(model.weight.hessian, JointPart)
-    joint = model.weight.hessian.joint.operator.to_dense()
-    close(joint, wide.weight.hessian.to_dense())
+    return -lr * torch.linalg.solve(damped, p.grad.flatten()).view(p.shape)
 
 
 def test_chosen_per_layer_and_at_run_time() -> None:
     model = dense_net()
-    model[0].set_hbp_blocks(sub_blocks=2, joint_bias=True)
-    assert "sub_blocks: 2, joint_bias: True" in repr(model[0])
+    model[0].set_hbp_blocks(sub_blocks=2)
+    assert "sub_blocks: 2" in repr(model[0])
     assert "sub_blocks" not in repr(model[2])
     send_back(model, "averaged")
-    assert isinstance(model[0].weight.hessian, JointPart)
-    assert not isinstance(model[2].weight.hessian, JointPart | DirectSum)
+    assert [is_split(p.hessian) for p in model.parameters()] == [True, True] + [
+        False
+    ] * 2
     model.set_hbp_blocks()
     send_back(model, "averaged")
-    assert not isinstance(model[0].weight.hessian, JointPart)
+    assert not any(is_split(p.hessian) for p in model.parameters())
     assert "sub_blocks" not in repr(model)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_copies_keep_the_choice(copied: Callable) -> None:
+    model = dense_net()
+    model.set_hbp_blocks(sub_blocks=2)
+    twin = copied(model)
+    assert repr(twin) == repr(model)
+    for network in (model, twin):
+        send_back(network, "averaged")
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert is_split(q.hessian)
+        close(q.hessian.to_dense(), p.hessian.to_dense())
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, None])
 def test_bad_sub_blocks(value: Any) -> None:
     with pytest.raises(ValueError, match=r"sub_blocks=.*positive integer"):
         dense_net().set_hbp_blocks(value)
-
-
-def test_bad_joint_bias() -> None:
-    model, number = dense_net(), cast(Any, 1)
-    with pytest.raises(TypeError, match="joint_bias=1 must be True or False"):
-        model.set_hbp_blocks(2, number)
-    assert model[0].sub_blocks == 1
-
-
-def test_partners_in_different_groups_are_refused() -> None:
-    model = dense_net()
-    model.set_hbp_blocks(joint_bias=True)
-    send_back(model, "averaged")
-    groups = [{"params": [model[0].weight]}, {"params": [model[0].bias]}]
-    optimizer = hbp.CGNewton(groups, lr=0.1, alpha=0.1)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"shape \[7, 6\], shares a joint block"):
-        optimizer.step()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_a_frozen_bias_leaves_the_weight_its_own_block() -> None:
-    model = dense_net()
-    model[0].bias.requires_grad_(False)
-    model.set_hbp_blocks(joint_bias=True)
-    send_back(model, "averaged")
-    assert not isinstance(model[0].weight.hessian, JointPart)
-    assert model[0].bias.hessian is None
-
-
-def test_the_damping_counts_a_joint_block_once() -> None:
-    """The ratio's model is that of the dense joint blocks."""
-    model = dense_net()
-    model.set_hbp_blocks(joint_bias=True)
-    send_back(model, "averaged")
-    optimizer = hbp.CGNewton(
-        model.parameters(), lr=0.5, alpha=0.1, cg_tol=1e-14, cg_atol=0
-    )
-    predicted = 0.0
-    for layer in (model[0], model[2]):
-        pair = [layer.weight, layer.bias]
-        matrix = layer.weight.hessian.joint.operator.to_dense()
-        gradient = torch.cat([pair[0].grad, pair[1].grad[:, None]], dim=1).flatten()
-        rows = [
-            step.reshape(len(pair[1]), -1) for step in expected_steps(pair, 0.5, 0.1)
-        ]
-        step = torch.cat(rows, dim=1).flatten()
-        predicted -= float(gradient @ step + step @ matrix @ step / 2)
-    optimizer.step()
-    ratio = hbp.LevenbergMarquardt(optimizer).step(1.0, 0.9)
-    assert ratio == pytest.approx(0.1 / predicted, rel=1e-10)
