@@ -1,16 +1,53 @@
-"""Output Hessians by a formula, where one is known."""
+"""Output Hessians: with all their digits under autocast, and by formulas."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from hbp.core.guards import full_precision, widened
-from hbp.core.losses import batch_summed_hessian as batch_summed_hessian
-from hbp.core.losses import check_outputs, require_finite
-from hbp.core.losses import per_sample_hessian as per_sample_hessian
+from hbp.core import losses as core
+from hbp.core.guards import full_precision, is_narrow
+from hbp.core.losses import Places, check_outputs, require_finite
+
+
+@wraps(core.batch_summed_hessian)
+def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103
+    return core.batch_summed_hessian(loss, outputs, _casts(loss, outputs))
+
+
+@wraps(core.per_sample_hessian)
+def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103
+    return core.per_sample_hessian(loss, outputs, _casts(loss, outputs))
+
+
+def _casts(loss: Tensor, outputs: Tensor) -> Places | None:
+    """Where the loss has widened the outputs, or None.
+
+    A loss under autocast begins by casting half-precision outputs to float32. A
+    derivative there keeps the digits that it would lose on its way through the cast.
+    """
+    graphs = isinstance(loss, Tensor) and isinstance(outputs, Tensor)
+    if not (graphs and is_narrow(outputs.dtype) and outputs.requires_grad):
+        return None
+    own = get_gradient_edge(outputs)
+    casts: list[GradientEdge] = []
+    seen, waiting = {own.node, None}, [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for before, index in node.next_functions:
+            if before is own.node and index == own.output_nr:
+                if node.name() != "ToCopyBackward0":
+                    return None
+                casts.append(GradientEdge(node, 0))
+            waiting.append(before)
+    return casts or None
 
 
 @full_precision()
@@ -45,7 +82,7 @@ def output_hessian(
             "outputs and targets."
         )
     formula = _FORMULAS.get(type(loss_func))
-    z = outputs.detach().to(widened(outputs.dtype))
+    z = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
     if formula is _cross_entropy and z.dim() < 2:
         raise ValueError(
             f"outputs has shape {list(z.shape)}, which CrossEntropyLoss takes as one "

@@ -21,7 +21,7 @@ from hbp.core.layers.linear import HBPLinear
 from hbp.core.layers.shape import HBPFlatten
 from hbp.core.losses import per_sample_hessian
 from hbp.core.module import HBPModule
-from hbp.core.operators import SymmetricOperator, attach_hessian
+from hbp.core.operators import SymmetricOperator
 from hbp.layers.activations import HBPElementwise
 
 TREATMENTS: Final = ("none", "zero", "abs", "clip")
@@ -162,7 +162,7 @@ class _Check:
     def _check_record(self) -> None:
         if isinstance(self._layer, HBPSequential):
             return  # It records nothing; its children do.
-        name, record = type(self._layer).__name__, self._layer._record
+        name, record = type(self._layer).__name__, vars(self._layer).get("last_record")
         if record is None:
             raise AssertionError(
                 f"forward of {name} recorded nothing. End it with "
@@ -227,7 +227,7 @@ class _Check:
         self, hessian: Tensor, treatment: str
     ) -> dict[str, SymmetricOperator | None]:
         for parameter in self._model.parameters():
-            attach_hessian(parameter, None)
+            vars(parameter)["hessian"] = None
         of_input = self._model.backward_hessian(hessian, True, treatment)
         named = self._layer.named_parameters()
         return {INPUT: of_input, **{n: getattr(p, "hessian", None) for n, p in named}}

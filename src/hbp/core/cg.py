@@ -2,8 +2,8 @@
 
 The systems of an optimizer step are small and many, so their vectors are the rows of
 one matrix, and every vector operation of the iteration serves all of them. Scalars stay
-on the device. A row that is done is frozen by steps of length zero; the host looks every
-few iterations, and the rows that it finds done leave.
+on the device. A row that is done is frozen by steps of length zero; the host looks
+every few iterations, and the rows that it finds done leave.
 
 It differs from ``scipy.sparse.linalg.cg`` where a Newton method needs it to: negative
 curvature ends the iteration with the last good iterate, ``maxiter`` bounds the
@@ -100,9 +100,10 @@ def cg_rows(
     radius: Tensor | None = None,
     check_every: int = 1,
 ) -> Solution:
-    """Solve A_i x_i = b_i for every row i, from 0, until ‖r_i‖ ≤ max(tol ‖b_i‖, atol_i).
+    """Solve A_i x_i = b_i for every row i, from 0; see ``cg`` for one.
 
-    [The iteration][eq-cg] is that of Hestenes & Stiefel 1952.
+    A row is done at ‖r_i‖ ≤ max(tol ‖b_i‖, atol_i). [The iteration][eq-cg] is that of
+    Hestenes & Stiefel 1952.
 
     Args:
         product_of: For indices of rows, the function that multiplies these rows.
@@ -114,7 +115,7 @@ def cg_rows(
         check_every: Iterations between two looks of the host.
     """
     state = _start(b, tol, atol, radius)
-    final, live = _State(*(part.clone() for part in state)), list(range(len(b)))
+    final, live = _State(*map(torch.clone, state)), list(range(len(b)))
     product = product_of(live)
     active = ~(state.rr <= state.target)  # A row of NaN runs, and says so.
     for iteration in range(maxiter + 1):
@@ -129,7 +130,7 @@ def cg_rows(
                     whole[places] = part[~keep]
                 if not any(running):
                     break
-                state, active = _State(*(part[keep] for part in state)), active[keep]
+                state, active = _State(*[part[keep] for part in state]), active[keep]
                 live = [i for i, runs in zip(live, running, strict=True) if runs]
                 product = product_of(live)
         active = _iterate(state, product, active, radius is not None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 from torch import Tensor, nn
 
 from .jacobians import Chain, Jacobian, Rearrangement, Sum
@@ -25,10 +23,14 @@ class HBPSequential(HBPModule, nn.Sequential):
     ) -> SymmetricOperator | None:
         hessian: SymmetricOperator | None = H
         children = self._checked_children()
-        while children and hessian is not None:
-            child = children.pop()
-            below = further or _is_trainable(children)
-            hessian = child.pull_back(hessian, reading, below)
+        lowest = 0
+        while (
+            not further and lowest < len(children) and not _is_trained(children[lowest])
+        ):
+            lowest += 1
+        for i in reversed(range(lowest, len(children))):
+            assert hessian is not None
+            hessian = children[i].pull_back(hessian, reading, further or i > lowest)
         return hessian if further else None
 
     def jacobian(self) -> Jacobian:
@@ -118,7 +120,7 @@ class HBPResidual(HBPModule):
         _require_distinct(self)
         self._require_usable(H, reading)
         for path in self._paths:
-            if _is_trainable([path]):
+            if _is_trained(path):
                 path.pull_back(H, reading, False)
         return self.input_hessian(H, reading) if further else None
 
@@ -131,7 +133,7 @@ class HBPResidual(HBPModule):
     ) -> SymmetricOperator:
         if not reading.samples and _averages_products(self):
             return self._averaged_product(H, reading)
-        # The paths are linear maps; what they send back for H = 0 is second-order terms.
+        # The paths are linear maps; for H = 0 they send back second-order terms.
         sent = self._sent_back(ZeroOperator(H.shape[0], H), reading)
         terms = [term for term in sent if not isinstance(term, ZeroOperator)]
         first = reading.through(H, self.jacobian(), self)
@@ -182,8 +184,7 @@ class _CrossTerms(SymmetricOperator):
 
 def _require_distinct(module: nn.Module) -> None:
     """Raise unless every layer and every parameter occurs once."""
-    name = type(module).__name__
-    leaves = list(_leaves(module))
+    name, leaves = type(module).__name__, _leaves(module)
     if len(set(leaves)) < len(leaves):
         raise ValueError(
             f"A layer occurs twice in this {name}. It records one forward pass, so "
@@ -197,18 +198,20 @@ def _require_distinct(module: nn.Module) -> None:
         )
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+def _leaves(module: nn.Module) -> list[nn.Module]:
     """The layers of a nest of containers, each as often as it occurs."""
-    if isinstance(module, HBPSequential | HBPResidual):
-        for child in module._modules.values():
-            if child is not None:
-                yield from _leaves(child)
-    else:
-        yield module
+    # Not children(), which leaves out a layer that occurs again.
+    leaves = []
+    for child in module._modules.values():
+        if isinstance(child, HBPSequential | HBPResidual):
+            leaves += _leaves(child)
+        elif child is not None:
+            leaves.append(child)
+    return leaves
 
 
-def _is_trainable(modules: Sequence[nn.Module]) -> bool:
-    return any(p.requires_grad for module in modules for p in module.parameters())
+def _is_trained(module: nn.Module) -> bool:
+    return any([p.requires_grad for p in module.parameters()])
 
 
 def _averages_products(module: nn.Module) -> bool:

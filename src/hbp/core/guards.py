@@ -38,11 +38,6 @@ def is_narrow(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
 
 
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the floating-point types that are narrower; any other as it is."""
-    return torch.float32 if is_narrow(dtype) else dtype
-
-
 def is_number(value: object) -> TypeGuard[float]:
     """Whether torch takes ``value`` for a real number: Python's or NumPy's.
 

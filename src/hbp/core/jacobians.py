@@ -13,7 +13,6 @@ read is decided here, once for all layers, by three methods of a Jacobian:
 |---|---|
 | ``Matrix`` | a weight W, z = Wx |
 | ``Diagonal`` | diag(d): an elementwise layer |
-| ``Dense`` | a matrix of its own for each sample |
 | ``Function`` | any linear function, the same for every sample |
 | ``Rearrangement`` | the identity on flattened features |
 | ``Selection`` | z_o = x_(index o): a maximum |
@@ -129,12 +128,17 @@ class Jacobian:
         reads: What a product reads and somebody else owns.
 
     Attributes:
+        in_size: Entries of what ``jvp`` takes.
+        out_size: Entries of what ``jvp`` returns.
         matrix: J itself, [z, x], where it is at hand; else None.
         is_diagonal: Whether J is diagonal.
+        parts: What J is made of, if it is made of others.
     """
 
     of_parameter = False
     is_diagonal = False
+    parts: Sequence[Jacobian] = ()
+    data: Any
 
     def __init__(
         self,
@@ -146,25 +150,12 @@ class Jacobian:
     ) -> None:
         self.in_shape, self.out_shape = torch.Size(in_shape), torch.Size(out_shape)
         self.samples, self.data, self.reads = samples, data, reads
-
-    @property
-    def in_size(self) -> int:
-        """Entries of what ``jvp`` takes."""
-        return self.in_shape.numel() * (1 if self.of_parameter else self.samples)
-
-    @property
-    def out_size(self) -> int:
-        """Entries of what ``jvp`` returns."""
-        return self.out_shape.numel() * self.samples
+        self.in_size = self.in_shape.numel() * (1 if self.of_parameter else samples)
+        self.out_size = self.out_shape.numel() * samples
 
     @property
     def matrix(self) -> Tensor | None:
         return None
-
-    @property
-    def statistics(self) -> Sequence[Tensor]:
-        """What has to be finite, or else curvature is not."""
-        return () if self.data is None else (self.data,)
 
     def jvp(self, rows: Tensor) -> Tensor:
         """J v for each row v, [k, in_size] → [k, out_size]."""
@@ -177,9 +168,9 @@ class Jacobian:
     def with_data(self, data: Tensor | None, samples: int) -> Jacobian:
         """The same map of other samples."""
         twin = copy.copy(self)
-        twin.data, twin.samples = data, samples
-        if data is not None:
-            twin.reads = ()  # What was read of the samples is no longer read.
+        # What was read of the samples is no longer read.
+        reads = self.reads if data is None else ()
+        Jacobian.__init__(twin, self.in_shape, self.out_shape, samples, data, reads)
         return twin
 
     def mean(self, batch: Batch) -> Jacobian:
@@ -246,7 +237,6 @@ class Diagonal(Jacobian):
         super().__init__(d.shape[1:], d.shape[1:], len(d), d)
 
     def jvp(self, rows: Tensor) -> Tensor:
-        assert self.data is not None
         return rows * self.data.flatten()
 
     vjp = jvp
@@ -255,7 +245,6 @@ class Diagonal(Jacobian):
         self, H: SymmetricOperator, term: SymmetricOperator | None, batch: Batch
     ) -> SymmetricOperator:
         """E[ddᵀ] ⊙ H, where that fits; eq-averaging."""
-        assert self.data is not None
         if not H.fits:
             return super().mean_congruence(H, term, batch)
         d = self.data.flatten(1)
@@ -263,27 +252,6 @@ class Diagonal(Jacobian):
         if term is not None:
             matrix.diagonal().add_(term.diagonal())
         return DenseOperator(matrix)
-
-
-class Dense(Jacobian):
-    """A dense Jacobian of its own for each sample; ``data`` is J, [N, z, x]."""
-
-    def __init__(
-        self, J: Tensor, in_shape: Sequence[int], out_shape: Sequence[int]
-    ) -> None:
-        super().__init__(in_shape, out_shape, len(J), J)
-
-    def jvp(self, rows: Tensor) -> Tensor:
-        return self._multiply(rows, lambda J: J.mT)
-
-    def vjp(self, rows: Tensor) -> Tensor:
-        return self._multiply(rows, lambda J: J)
-
-    def _multiply(self, rows: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
-        # One product per sample for all rows: one per row would copy the matrices.
-        assert self.data is not None
-        parts = rows.reshape(len(rows), self.samples, -1).transpose(0, 1)
-        return (parts @ turn(self.data)).transpose(0, 1).flatten(1)
 
 
 class Function(SharedJacobian):
@@ -359,13 +327,8 @@ class Selection(Jacobian):
         super().__init__(in_shape, out_shape, len(index), index)
         self._places, self._dtype = places, dtype
 
-    @property
-    def statistics(self) -> Sequence[Tensor]:
-        return ()
-
     def _picks(self) -> Tensor:
         """The index among the features of all samples, [samples · z]."""
-        assert self.data is not None
         starts = torch.arange(self.samples, device=self.data.device)
         return (self.data + starts[:, None] * self.in_shape.numel()).flatten()
 
@@ -378,7 +341,6 @@ class Selection(Jacobian):
 
     def mean(self, batch: Batch) -> Jacobian:
         """E[J]: how often each place of a window was chosen."""
-        assert self.data is not None
         counts = (self.data[:, :, None] == self._places).sum(0)
         share = batch.mean_of_sum(counts.to(self._dtype), self.samples)
         return _Shares(self._places.clamp(min=0), share, self.in_shape, self.out_shape)
@@ -426,23 +388,19 @@ class Weight(Jacobian):
         self._delta = delta
 
     def jvp(self, rows: Tensor) -> Tensor:
-        assert self.data is not None
         return (self.data @ rows.reshape(-1, *self.in_shape).mT).flatten(1)
 
     def vjp(self, rows: Tensor) -> Tensor:
-        assert self.data is not None
         outputs = rows.reshape(len(rows), self.samples, -1)
         return (outputs.mT @ self.data).flatten(1)
 
     def mean(self, batch: Batch) -> Jacobian:
-        assert self.data is not None
         return _MeanWeight(batch.mean(self.data), self.in_shape[0])
 
     def mean_congruence(
         self, H: SymmetricOperator, term: SymmetricOperator | None, batch: Batch
     ) -> SymmetricOperator:
         """H ⊗ E[xxᵀ]."""
-        assert self.data is not None
         return batch.weight_block(H, self.data, self._delta)
 
 
@@ -453,7 +411,6 @@ class _MeanWeight(Weight):
         self, H: SymmetricOperator, term: SymmetricOperator | None = None
     ) -> SymmetricOperator:
         """H ⊗ x̄x̄ᵀ."""
-        assert self.data is not None
         return KroneckerBlock(H, self.data)
 
 
@@ -545,14 +502,12 @@ class Chain(Jacobian):
     """J_m ⋯ J₂J₁, given J₁, …, J_m; the identity of no stated size if there is none."""
 
     def __init__(self, steps: Sequence[Jacobian]) -> None:
-        reads = [watched for step in steps for watched in step.reads]
+        self.steps = list(steps)
+        self.parts = [part for step in steps for part in step.parts or (step,)]
+        reads = [watched for part in self.parts for watched in part.reads]
         first, last = (steps[0], steps[-1]) if steps else (Jacobian((), (), 1),) * 2
+        self.of_parameter = first.of_parameter
         super().__init__(first.in_shape, last.out_shape, last.samples, reads=reads)
-        self.of_parameter, self.steps = first.of_parameter, list(steps)
-
-    @property
-    def statistics(self) -> Sequence[Tensor]:
-        return [tensor for step in self.steps for tensor in step.statistics]
 
     def jvp(self, rows: Tensor) -> Tensor:
         for step in self.steps:
@@ -582,13 +537,10 @@ class Sum(Jacobian):
         out_shape: Sequence[int],
         samples: int,
     ) -> None:
-        reads = [*first.reads, *second.reads]
-        super().__init__(in_shape, out_shape, samples, reads=reads)
         self.first, self.second = first, second
-
-    @property
-    def statistics(self) -> Sequence[Tensor]:
-        return [*self.first.statistics, *self.second.statistics]
+        self.parts = [p for path in (first, second) for p in path.parts or (path,)]
+        reads = [watched for part in self.parts for watched in part.reads]
+        super().__init__(in_shape, out_shape, samples, reads=reads)
 
     def jvp(self, rows: Tensor) -> Tensor:
         return self.first.jvp(rows) + self.second.jvp(rows)

@@ -14,12 +14,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from .guards import full_precision, is_narrow, require_floats, widened
+from .guards import full_precision, is_narrow, require_floats
 
 
-def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
+Places = Sequence[Tensor] | Sequence[GradientEdge]
+
+
+def batch_summed_hessian(
+    loss: Tensor, outputs: Tensor, at: Places | None = None
+) -> Tensor:
     """The Hessian of any loss w.r.t. the outputs, [summed over the batch][eq-batch].
 
     One vectorised pass of double backpropagation. Call it before
@@ -30,6 +35,7 @@ def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
             function of each sample's output. (Terms that couple samples would be
             added to H̄ without notice.)
         outputs: z, [N, ...], from which ``loss`` was computed.
+        at: Where to differentiate, if not at the outputs themselves.
 
     Returns:
         H̄, [C, C], C features per sample (all dimensions but the first, flattened;
@@ -42,10 +48,12 @@ def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
         RuntimeError: the graph of ``loss`` is gone.
         ArithmeticError: the loss or the Hessian has NaN or infinity.
     """
-    return require_finite(_hessian_rows(loss, outputs).sum(1))
+    return require_finite(_hessian_rows(loss, outputs, at).sum(1))
 
 
-def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
+def per_sample_hessian(
+    loss: Tensor, outputs: Tensor, at: Places | None = None
+) -> Tensor:
     """The Hessian of any loss w.r.t. each sample's output.
 
     What ``model.backward_hessian`` takes for [exact products][eq-exact]. Arguments and
@@ -54,71 +62,61 @@ def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:
     Returns:
         ∂²loss/∂z_n∂z_nᵀ, [N, C, C]. Of a mean loss each carries the 1/N.
     """
-    rows = _hessian_rows(loss, outputs)
+    rows = _hessian_rows(loss, outputs, at)
     return require_finite(rows.transpose(0, 1).contiguous())
 
 
 @torch.enable_grad()
 @full_precision()
-def _hessian_rows(loss: Tensor, outputs: Tensor) -> Tensor:
+def _hessian_rows(loss: Tensor, outputs: Tensor, at: Places | None) -> Tensor:
     """Row c of every sample's Hessian, [C, N, C]."""
-    _check_loss(loss)
-    check_outputs(outputs)
-    features = outputs[0].numel()
-    dtype = widened(outputs.dtype)
-    zeros = outputs.new_zeros(features, len(outputs), features, dtype=dtype)
-    places = _places(loss, outputs)
-    gradient = _gradient(loss, outputs, places)
+    _check_loss(loss, outputs)
+    features, places = outputs[0].numel(), [outputs] if at is None else at
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    hessian = outputs.new_zeros(features, len(outputs), features, dtype=dtype)
+    gradient = _gradient(loss, places)
     if not gradient.requires_grad:  # A loss that is linear in the outputs.
-        return zeros
+        return hessian
     # Row c is ∂(Σ_m ∂loss/∂z_mc)/∂z_n: samples do not mix, so the inner sum only
     # collects what belongs to sample n. All rows in one batched pass.
-    columns = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
     rows = torch.autograd.grad(
-        columns.sum(0),
+        gradient.reshape(len(outputs), -1).sum(0),
         places,
         torch.eye(features, dtype=gradient.dtype, device=gradient.device),
         is_grads_batched=True,
-        retain_graph=True,
         # Layers take a gradient for that of loss.backward() unless this is set.
         create_graph=True,
         allow_unused=True,
     )
-    found = [row for row in rows if row is not None]
-    if not found:  # Linear in the outputs, though not in something else.
-        return zeros
-    hessian = _sum(found).detach().to(zeros).reshape(zeros.shape)
+    for row in rows:
+        if row is not None:  # Linear in the outputs, though not in something else.
+            hessian = hessian + row.detach().to(hessian).reshape(hessian.shape)
     if is_narrow(gradient.dtype):  # Its roundings are not symmetric.
         hessian = (hessian + hessian.transpose(0, 2)) / 2
     return hessian
 
 
-def _places(loss: Tensor, outputs: Tensor) -> Sequence[Tensor] | Sequence[GradientEdge]:
-    """Where to differentiate: at the outputs, or where the loss has widened them.
-
-    A loss under autocast begins by casting half-precision outputs to float32. A
-    derivative there keeps the digits that it would lose on its way through the cast.
-    """
-    if not (is_narrow(outputs.dtype) and outputs.requires_grad):
-        return [outputs]
-    own = get_gradient_edge(outputs)
-    casts: list[GradientEdge] = []
-    seen, waiting = {own.node, None}, [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for before, index in node.next_functions:
-            if before is own.node and index == own.output_nr:
-                if node.name() != "ToCopyBackward0":
-                    return [outputs]
-                casts.append(GradientEdge(node, 0))
-            waiting.append(before)
-    return casts or [outputs]
+def _gradient(loss: Tensor, places: Places) -> Tensor:
+    """∂loss/∂z with a graph of its own; the sum over ``places``."""
+    try:
+        found = torch.autograd.grad(loss, places, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "The graph of loss is gone. Call batch_summed_hessian(loss, outputs) "
+            "before loss.backward()."
+        ) from error
+    gradients = [gradient for gradient in found if gradient is not None]
+    if not gradients:
+        raise ValueError(
+            "loss does not depend on outputs. Pass the very tensor that loss_func got."
+        )
+    return torch.stack(gradients).sum(0) if len(gradients) > 1 else gradients[0]
 
 
 def check_outputs(outputs: Tensor) -> None:
+    """Raise unless it is a batch of at least one sample."""
     require_floats("outputs", outputs)
     if outputs.dim() == 0 or len(outputs) == 0:
         raise ValueError(
@@ -127,7 +125,7 @@ def check_outputs(outputs: Tensor) -> None:
         )
 
 
-def _check_loss(loss: Tensor) -> None:
+def _check_loss(loss: Tensor, outputs: Tensor) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
@@ -135,51 +133,21 @@ def _check_loss(loss: Tensor) -> None:
             "'sum', or call loss.sum()."
         )
     require_floats("loss", loss)
+    check_outputs(outputs)
     if not bool(loss.isfinite()):
         raise ArithmeticError(
             f"loss is {float(loss.detach())}. Check the inputs, or lower the learning "
             "rate."
         )
-
-
-def _gradient(
-    loss: Tensor,
-    outputs: Tensor,
-    places: Sequence[Tensor] | Sequence[GradientEdge],
-) -> Tensor:
-    """∂loss/∂z with a graph of its own, of the shape of z; the sum over ``places``."""
     if not loss.requires_grad or not outputs.requires_grad:
         raise ValueError(
             "loss and outputs need a graph: compute outputs = model(inputs) and loss = "
             "loss_func(outputs, labels) with gradients enabled, outputs not detached."
         )
-    try:
-        gradients = torch.autograd.grad(
-            loss, places, create_graph=True, allow_unused=True
-        )
-    except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        raise RuntimeError(
-            "The graph of loss is gone. Call batch_summed_hessian(loss, outputs) "
-            "before loss.backward()."
-        ) from error
-    found = [gradient for gradient in gradients if gradient is not None]
-    if not found:
-        raise ValueError(
-            "loss does not depend on outputs. Pass the very tensor that loss_func got."
-        )
-    return _sum(found)
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term.to(total)
-    return total
 
 
 def require_finite(hessian: Tensor) -> Tensor:
+    """The Hessian, or ArithmeticError."""
     if not bool(hessian.isfinite().all()):
         raise ArithmeticError(
             "The output Hessian contains NaN or infinity. Check outputs and targets."

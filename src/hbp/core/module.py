@@ -33,7 +33,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .guards import full_precision, is_narrow, is_number, widened
+from .guards import full_precision, is_narrow, is_number
 from .jacobians import Batch, Jacobian, as_batch
 from .operators import (
     DiagonalOperator,
@@ -41,7 +41,6 @@ from .operators import (
     SymmetricOperator,
     ZeroOperator,
     as_operator,
-    attach_hessian,
 )
 
 Modify = Callable[[Tensor], Tensor]
@@ -90,8 +89,10 @@ class Reading:
             return ZeroOperator(features, H) if term is None else term
         if average and not self.samples:
             J = J.mean(self.batch)
-        what = "input" if J.of_parameter else "derivative"
-        self.statistics += [(tensor, what, layer) for tensor in J.statistics]
+        for part in J.parts or (J,):
+            if part.data is not None and part.data.is_floating_point():
+                what = "input" if part.of_parameter else "derivative"
+                self.statistics.append((part.data, what, layer))
         if average or self.samples:
             return J.congruence(H, term)
         return J.mean_congruence(H, term, self.batch)
@@ -161,14 +162,15 @@ class Record:
         with_gradient: bool,
     ) -> None:
         self.input_shape, self.output_shape = input.shape, output.shape
-        self.kind = widened(output.dtype), output.device
+        self.kind = torch.promote_types(output.dtype, torch.float32), output.device
         self.output_gradient: Tensor | None = None
         self.keeps = keep is not None
         if keep is not None:
             self._kept, self._version = keep.detach(), keep._version
         self._state = [(tensor, tensor._version) for tensor in state]
         self._accumulated = False
-        self._successor: Callable[[], Record | None] = lambda: None
+        # The layer's next forward pass is told if the gradient of this one comes late.
+        self.successor: weakref.ref[Record] | None = None
         self._expects_gradient = with_gradient and output.requires_grad
         if self._expects_gradient:
             output.register_hook(self._save_output_gradient)
@@ -180,17 +182,13 @@ class Record:
         """
         if torch.is_grad_enabled():
             return
-        self.output_gradient = gradient.detach().to(widened(gradient.dtype))
+        self.output_gradient = gradient.detach().to(self.kind[0])
         # The hook runs before this backward pass adds to p.grad: what is there already
         # comes from another one. (In torch.func.functional_call p may be no leaf.)
         gradients = [p.grad for p, _ in self._state if p.is_leaf and p.grad is not None]
         self._accumulated |= any(bool(g.any()) for g in gradients)
-        if (successor := self._successor()) is not None:
+        if self.successor and (successor := self.successor()):
             successor._accumulated = True
-
-    def succeeded_by(self, record: Record) -> None:
-        """Let the layer's next forward pass know if this one's gradient comes late."""
-        self._successor = weakref.ref(record)
 
     @property
     def kept(self) -> Tensor:
@@ -206,7 +204,7 @@ class Record:
                 "backward_hessian() before overwriting it, or use an out-of-place "
                 "operation."
             )
-        return self._kept.to(widened(self._kept.dtype))
+        return self._kept.to(torch.promote_types(self._kept.dtype, torch.float32))
 
     def delta_of(self, layer: nn.Module) -> Tensor:
         """δ, [N, ...], for a second-order term.
@@ -238,7 +236,7 @@ class Record:
                 "loss.backward() first (without create_graph)."
             )
         for tensor, version in self._state:
-            if is_narrow(tensor.dtype):
+            if tensor.dtype.itemsize < 4 and is_narrow(tensor.dtype):
                 raise TypeError(
                     f"{layer} has parameters or buffers in {tensor.dtype}, too coarse "
                     "for curvature and for the steps it gives. Keep the model in "
@@ -272,10 +270,11 @@ class HBPModule(nn.Module):
     no ``state_dict``, and is left out of copies and pickles.
 
     Attributes:
+        last_record: What the latest forward pass with gradients enabled has left.
         schemes: Which of the two choices of ``set_hbp_approximation`` matter here.
     """
 
-    _record: Record | None = None
+    last_record: Record
     average_input_jacobian = True
     average_parameter_jacobian = True
     schemes: Sequence[str] = ()
@@ -301,6 +300,11 @@ class HBPModule(nn.Module):
 
     def check_record(self) -> None:
         """Raise unless the rules can read what was recorded; a layer may ask more."""
+        if "last_record" not in vars(self):
+            raise RuntimeError(
+                f"backward_hessian() before a forward pass through {self}. Run "
+                "outputs = model(inputs) with gradients enabled first."
+            )
         self.last_record.require_usable(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -383,7 +387,7 @@ class HBPModule(nn.Module):
         with torch.no_grad(), full_precision():
             input_hessian, reading = as_batch(process_group).read(passage)
         for parameter, block in reading.blocks.items():
-            attach_hessian(parameter, block)
+            vars(parameter)["hessian"] = block
         return input_hessian
 
     def pull_back(
@@ -391,7 +395,7 @@ class HBPModule(nn.Module):
     ) -> SymmetricOperator | None:
         """H_x if it goes ``further``; the parameters' blocks go to ``reading``."""
         self._require_usable(H, reading)
-        for parameter, J in self.parameter_jacobians():
+        for parameter, J in list(self.parameter_jacobians()):
             self._require_fit("parameter_jacobians", J, parameter.numel())
             if parameter.requires_grad:
                 block = reading.through(H, J, self, self.average_parameter_jacobian)
@@ -448,16 +452,13 @@ class HBPModule(nn.Module):
 
     def _require_fit(self, rule: str, J: Jacobian, entering: int) -> None:
         """Raise unless a rule's map fits; matrices would broadcast, or fail far off."""
-        leaving = self.last_record.output_shape.numel()
-        if not isinstance(J, Jacobian) or (J.out_size, J.in_size) != (
-            leaving,
-            entering,
-        ):
-            shape = getattr(J, "out_size", "?"), getattr(J, "in_size", "?")
+        after = self.last_record.output_shape
+        sizes = getattr(J, "out_size", None), getattr(J, "in_size", None)
+        if sizes != (after.numel(), entering):
             raise ValueError(
                 f"{rule} of {type(self).__name__} is a {type(J).__name__} of shape "
-                f"[{shape[0]}, {shape[1]}], but it has to be a Jacobian of all "
-                f"{self.last_record.output_shape[0]} samples: [{leaving}, {entering}]."
+                f"{list(sizes)}, but it has to be the Jacobian of all {after[0]} "
+                f"samples: [{after.numel()}, {entering}]."
             )
 
     # --- What is remembered. ----------------------------------------------------------
@@ -493,27 +494,17 @@ class HBPModule(nn.Module):
     def _remember(
         self, input: Tensor, output: Tensor, keep: Tensor | None, with_gradient: bool
     ) -> None:
-        if _is_traced(output):
+        # torch.fx passes proxies, torch.export tensors without values (it runs this
+        # function itself; in a compiled model nobody compiles it). What torch.func
+        # wraps is known by no public test.
+        stand_in = not isinstance(output, Tensor) or torch.compiler.is_compiling()
+        if stand_in or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
         state = chain(self.parameters(recurse=False), self.buffers(recurse=False))
         record = Record(input, output, keep, state, with_gradient)
-        if self._record is not None:
-            self._record.succeeded_by(record)
-        self._record = record
-
-    @property
-    def last_record(self) -> Record:
-        """The record of the latest forward pass with gradients enabled.
-
-        Raises:
-            RuntimeError: there was none.
-        """
-        if self._record is None:
-            raise RuntimeError(
-                f"backward_hessian() before a forward pass through {self}. Run "
-                "outputs = model(inputs) with gradients enabled first."
-            )
-        return self._record
+        if "last_record" in vars(self):
+            self.last_record.successor = weakref.ref(record)
+        self.last_record = record
 
     # --- Choices, and life as an nn.Module. -------------------------------------------
 
@@ -553,7 +544,7 @@ class HBPModule(nn.Module):
         """Clear the gradients and, with them, ``p.hessian``."""
         super().zero_grad(set_to_none)
         for parameter in self.parameters():
-            attach_hessian(parameter, None)
+            vars(parameter)["hessian"] = None
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; its ``hessian`` is None, as its ``grad`` is."""
@@ -563,7 +554,7 @@ class HBPModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the record, which belongs to one forward pass."""
-        return {k: v for k, v in self.__dict__.items() if k != "_record"}
+        return {k: v for k, v in self.__dict__.items() if k != "last_record"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies of parameters come without attributes."""
@@ -600,15 +591,3 @@ def _treatment(name: str | None, loss_scale: float) -> Modify | None:
         )
     modify, scale = TREATMENTS[name], float(loss_scale)
     return modify if modify is None or scale == 1 else lambda r: modify(r) / scale
-
-
-def _is_traced(output: Tensor) -> bool:
-    """Whether a layer's output is a stand-in, of which nothing is to be remembered.
-
-    ``torch.fx`` passes proxies, ``torch.export`` tensors without values (it runs this
-    function itself; in a compiled model nobody compiles it). What ``torch.func`` wraps
-    is known by no public test.
-    """
-    if not isinstance(output, Tensor) or torch.compiler.is_compiling():
-        return True
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(output))

@@ -18,7 +18,6 @@ from .operators import (
     MatrixFree,
     SymmetricOperator,
     System,
-    attach_hessian,
     check_alpha,
     singular,
     solve_system,
@@ -115,17 +114,10 @@ class CGNewton(torch.optim.Optimizer):
         solver: Literal["cg", "direct"] = "cg",
         trust_radius: float | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "cg_atol": cg_atol,
-            "cg_tol": cg_tol,
-            "cg_maxiter": cg_maxiter,
-            "solver": solver,
-            "trust_radius": trust_radius,
-        }
+        cg = {"cg_atol": cg_atol, "cg_tol": cg_tol, "cg_maxiter": cg_maxiter}
+        defaults = {"lr": lr, "alpha": alpha, **cg, "solver": solver}
         self.last_step: dict[Tensor, StepInfo] = {}
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "trust_radius": trust_radius})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore an optimizer that was pickled, without its last step."""
@@ -148,7 +140,7 @@ class CGNewton(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for parameter in group["params"]:
-                attach_hessian(parameter, None)
+                parameter.hessian = None
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -182,9 +174,8 @@ class CGNewton(torch.optim.Optimizer):
             _check_loss(loss)
         with full_precision():
             steps = [s for i, g in enumerate(self.param_groups) for s in _steps(i, g)]
-            if not steps and any(
-                p.requires_grad for group in self.param_groups for p in group["params"]
-            ):
+            trained = (p for group in self.param_groups for p in group["params"])
+            if not steps and any(p.requires_grad for p in trained):
                 raise RuntimeError(
                     "step() found no gradient. Call loss.backward() and then "
                     "model.backward_hessian(output_hessian) before step()."
@@ -192,62 +183,36 @@ class CGNewton(torch.optim.Optimizer):
             for step in steps:
                 step.require_room()
             for step in steps:
-                step.apply()
-        self.last_step = {step.parameter: step.info for step in steps}
+                _, parameter, system = step.equation
+                if parameter.is_contiguous():
+                    system.add_to(parameter.view(-1), step.y, -step.lr)
+                else:
+                    parameter.add_(step.change())
+        self.last_step = {step.equation.parameter: step.info for step in steps}
         return loss
 
 
 class _Equation(NamedTuple):
-    """[(1-α)H + αI] d = g of one parameter, in coordinates; the step is -d."""
+    """[(1-α)H + αI] d = g of one parameter, in coordinates; the step is -lr·d."""
 
     name: str
     parameter: Parameter
     system: System
 
 
-class _Facts(NamedTuple):
-    """What a solver says of one system; those not explained are as in ``StepInfo``.
-
-    Attributes:
-        descent: gᵀd.
-        overlap: dᵀ(g - Cd), C = (1-α)H + αI.
-        margin: Above 1 if the matrix is regular.
-    """
-
-    iterations: float
-    residual_norm: float
-    converged: float
-    negative_curvature: float
-    on_boundary: float
-    overlap: float
-    step_norm: float
-    descent: float
-    margin: float = math.inf
-
-
 class _Step(NamedTuple):
-    """θ ← θ - lr·d, once it is known that d is a solution."""
+    """θ ← θ - lr·d, once it is known that d, in coordinates y, is a solution."""
 
     equation: _Equation
     y: Tensor
     lr: float
     info: StepInfo
 
-    @property
-    def parameter(self) -> Parameter:
-        return self.equation.parameter
-
-    def apply(self) -> None:
-        if self.parameter.is_contiguous():
-            self.equation.system.add_to(self.parameter.view(-1), self.y, -self.lr)
-        else:
-            self.parameter.add_(self._change())
-
-    def _change(self) -> Tensor:
+    def change(self) -> Tensor:
         """-lr·d, of the shape of θ."""
-        change = self.parameter.new_zeros(self.parameter.numel())
+        change = self.equation.parameter.new_zeros(self.equation.parameter.numel())
         self.equation.system.add_to(change, self.y, -self.lr)
-        return change.view(self.parameter.shape)
+        return change.view(self.equation.parameter.shape)
 
     def require_room(self) -> None:
         """Raise ArithmeticError if the parameter would leave the range of its dtype.
@@ -255,16 +220,16 @@ class _Step(NamedTuple):
         What is below half a unit in the last place of the largest number makes no
         finite number infinite. Only a longer step is tried.
         """
-        limits = torch.finfo(self.parameter.dtype)
+        name, parameter, _ = self.equation
+        limits = torch.finfo(parameter.dtype)
         if max(self.lr, 1.0) * self.info.step_norm <= limits.max * limits.eps / 4:
             return
         fits = self.lr <= limits.max
-        if not (fits and bool((self.parameter + self._change()).isfinite().all())):
+        if not (fits and bool((parameter + self.change()).isfinite().all())):
             raise ArithmeticError(
-                f"No step was taken; {self.equation.name} would be too large for "
-                f"{limits.dtype} after a step of norm {self.info.step_norm:.3g} at "
-                f"lr={self.lr!r}. Use a smaller lr or a larger alpha, or check the "
-                "scale of the loss."
+                f"No step was taken; {name} would be too large for {limits.dtype} "
+                f"after a step of norm {self.info.step_norm:.3g} at lr={self.lr!r}. "
+                "Use a smaller lr or a larger alpha, or check the scale of the loss."
             )
 
 
@@ -275,43 +240,42 @@ def _steps(index: int, group: dict[str, Any]) -> list[_Step]:
         ArithmeticError: a gradient or a curvature is not finite, or a matrix singular.
     """
     _check_options(group)
-    solve = _directly if group["solver"] == "direct" else _by_cg
-    equations = list(_equations(index, group))
-    kinds: dict[object, list[_Equation]] = {}
-    for equation in equations:
-        kind = equation.parameter.dtype, equation.parameter.device
-        kinds.setdefault(kind, []).append(equation)
-    solved = {
-        equation.parameter: found
-        for same in kinds.values()
-        for equation, found in zip(same, solve(same, group), strict=True)
-    }
+    by_cg = group["solver"] == "cg"
+    together: dict[object, list[_Equation]] = {}
+    for equation in _equations(index, group):
+        p = equation.parameter
+        alone = id(p) if by_cg and _is_large(equation.system) else None
+        together.setdefault((p.dtype, p.device, alone), []).append(equation)
+    steps = []
+    for equations in together.values():
+        solved = _by_cg(equations, group) if by_cg else _directly(equations, group)
+        for equation, (y, margin, facts) in zip(equations, solved, strict=True):
+            info = _info(equation, group, margin, facts)
+            steps.append(_Step(equation, y, group["lr"], info))
+    return steps
+
+
+def _equations(index: int, group: dict[str, Any]) -> list[_Equation]:
+    found = []
+    for i, p in enumerate(group["params"]):
+        if p.requires_grad and p.grad is not None:
+            name = f"parameter {i} of group {index}, shape {list(p.shape)}"
+            found.append((name, p, _curvature(p, name)))
     return [
-        _Step(equation, y, group["lr"], _info(equation, facts, group))
-        for equation in equations
-        for y, facts in [solved[equation.parameter]]
+        _Equation(name, p, curvature.system(p.grad.flatten()))
+        for name, p, curvature in found
     ]
 
 
-def _equations(index: int, group: dict[str, Any]) -> Iterable[_Equation]:
-    for i, p in enumerate(group["params"]):
-        if not p.requires_grad or p.grad is None:
-            continue
-        name = f"parameter {i} of group {index}, shape {list(p.shape)}"
-        if p.grad.is_sparse:
-            raise RuntimeError(
-                f"The gradient of {name} is sparse; CGNewton needs a dense one."
-            )
-        yield _Equation(name, p, _curvature(p, name).system(p.grad.flatten()))
-
-
 def _curvature(p: Parameter, name: str) -> SymmetricOperator:
-    """What ``p.hvp`` or ``p.hessian`` says."""
-    product = getattr(p, "hvp", None)
-    if product is not None:
+    """What ``p.hvp`` or ``p.hessian`` says, for a gradient that is dense."""
+    if p.grad is not None and p.grad.is_sparse:
+        raise RuntimeError(
+            f"The gradient of {name} is sparse; CGNewton needs a dense one."
+        )
+    if (product := getattr(p, "hvp", None)) is not None:
         return MatrixFree(product, p.numel(), p.dtype, p.device)
-    hessian = getattr(p, "hessian", None)
-    if hessian is None:
+    if (hessian := getattr(p, "hessian", None)) is None:
         raise RuntimeError(
             f"There is a gradient but no curvature for {name}. Call "
             "model.backward_hessian(output_hessian) between loss.backward() and "
@@ -322,8 +286,8 @@ def _curvature(p: Parameter, name: str) -> SymmetricOperator:
             f"p.hessian of {name} is a {type(hessian).__name__}; it must be an "
             "operator. Wrap a matrix as hbp.operators.DenseOperator(matrix)."
         )
-    fits = hessian.shape[0] == p.numel() and hessian.dtype == p.dtype
-    if not (fits and hessian.device == p.device):
+    found = hessian.shape[0], hessian.dtype, hessian.device
+    if found != (p.numel(), p.dtype, p.device):
         raise RuntimeError(
             f"{hessian!r} does not fit {name}, {p.dtype} on {p.device}. Call "
             "model.backward_hessian(...) again after changing the model."
@@ -331,7 +295,9 @@ def _curvature(p: Parameter, name: str) -> SymmetricOperator:
     return hessian
 
 
-def _info(equation: _Equation, facts: _Facts, options: dict[str, Any]) -> StepInfo:
+def _info(
+    equation: _Equation, options: dict[str, Any], margin: float, facts: _Facts
+) -> StepInfo:
     """What happened, once the facts say that d is a solution.
 
     At θ - lr·d the model has changed by -lr·gᵀd + ½lr²·dᵀCd, C = (1-α)H + αI. A
@@ -343,23 +309,24 @@ def _info(equation: _Equation, facts: _Facts, options: dict[str, Any]) -> StepIn
         ArithmeticError: d is no solution.
     """
     lr, alpha = options["lr"], options["alpha"]
-    if not (math.isfinite(facts.residual_norm + facts.step_norm) and facts.margin > 1):
-        raise ArithmeticError(
-            f"No step was taken; {_blame(equation, facts.margin, alpha)}"
-        )
-    curvature, undamped = facts.descent - facts.overlap, math.nan
-    if alpha < 1:
-        square = facts.step_norm * facts.step_norm  # ** raises where it overflows
-        undamped = (curvature - alpha * square) / (1 - alpha)
+    columns = tuple(zip(*facts, strict=True))
+    iterations, residuals, converged, bent, left, overlaps, norms, descents = columns
+    residual, norm = math.hypot(*residuals), math.hypot(*norms)
+    overlap, descent = sum(overlaps), sum(descents)
+    if not (math.isfinite(residual + norm) and margin > 1):
+        raise ArithmeticError(f"No step was taken; {_blame(equation, margin, alpha)}")
+    undamped = math.nan
+    if alpha < 1:  # ** raises where it overflows
+        undamped = (descent - overlap - alpha * norm * norm) / (1 - alpha)
     return StepInfo(
-        int(facts.iterations),
-        facts.residual_norm,
-        bool(facts.converged),
-        bool(facts.negative_curvature),
-        facts.step_norm,
-        (lr - lr * lr / 2) * facts.descent + lr * lr / 2 * facts.overlap,
-        lr * facts.descent - lr * lr / 2 * undamped,
-        bool(facts.on_boundary),
+        iterations=int(max(iterations)),
+        residual_norm=residual,
+        converged=bool(min(converged)),
+        negative_curvature=bool(max(bent)),
+        step_norm=norm,
+        predicted_decrease=(lr - lr * lr / 2) * descent + lr * lr / 2 * overlap,
+        undamped_decrease=lr * descent - lr * lr / 2 * undamped,
+        on_boundary=bool(max(left)),
     )
 
 
@@ -378,35 +345,24 @@ def _blame(equation: _Equation, margin: float, alpha: float) -> str:
     )
 
 
-# --- Two solvers: each returns d in coordinates, [k, n + 1], and the facts. ------------
+# --- Two solvers. Each returns d in coordinates, a margin that is above 1 if the matrix
+# --- is regular, and, for each row of the system, the numbers that _info takes apart. --
 
-_Solved = list[tuple[Tensor, _Facts]]
-
-
-def _by_cg(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
-    """Small systems together; large ones and functions of the user alone."""
-    solved: dict[int, tuple[Tensor, _Facts]] = {}
-    systems = dict(enumerate(equation.system for equation in equations))
-    together = {i: s for i, s in systems.items() if not _is_large(s)}
-    groups = [{i: s} for i, s in systems.items() if i not in together]
-    for group in [together, *groups] if together else groups:
-        found = _by_cg_together(list(group.values()), options, group is together)
-        solved.update(zip(group, found, strict=True))
-    return [solved[i] for i in systems]
+_Facts = Sequence[Sequence[float]]
+_Solved = list[tuple[Tensor, float, _Facts]]
 
 
 def _is_large(system: System) -> bool:
-    """Whether a product costs more than what the systems could share."""
+    """Whether a product costs more than what systems could share."""
     return isinstance(system.operator, MatrixFree) or system.rhs.numel() > TOGETHER
 
 
-def _by_cg_together(
-    systems: Sequence[System], options: dict[str, Any], small: bool
-) -> _Solved:
-    b, sizes = _padded([s.rhs for s in systems]), [len(s.rhs) for s in systems]
+def _by_cg(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
+    systems = [equation.system for equation in equations]
+    sizes = [len(system.rhs) for system in systems]
+    b, trust = _padded([system.rhs for system in systems]), options["trust_radius"]
     # A row takes that share of what is allowed to the whole of its system.
     shares = torch.cat([_shares(part) for part in b.split(sizes)])
-    trust = options["trust_radius"]
     found = cg_rows(
         _damped(systems, options["alpha"]),
         b,
@@ -414,49 +370,27 @@ def _by_cg_together(
         shares * options["cg_atol"],
         options["cg_maxiter"] or 10 * b.shape[1],
         None if trust is None else shares * trust,
-        CHECK_EVERY if small else 1,
+        1 if _is_large(systems[0]) else CHECK_EVERY,
     )
-    x = found.x
-    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    columns = [*found[1:], norms, (x.double() * b).sum(1)]
+    norms = torch.linalg.vector_norm(found.x, dim=1, dtype=torch.float64)
+    columns = [*found[1:], norms, (found.x.double() * b).sum(1)]
     facts = torch.stack([column.double() for column in columns], dim=1).tolist()
     solved, start = [], 0
-    for system, size in zip(systems, sizes, strict=True):
-        rows = slice(start, start + size)
-        width = system.rhs.shape[1] - 1
-        y = torch.cat([x[rows, :width], x[rows, -1:]], dim=1)
-        solved.append((y, _combined(facts[rows])))
-        start += size
+    for system, x in zip(systems, found.x.split(sizes), strict=True):
+        y = torch.cat([x[:, : system.rhs.shape[1] - 1], x[:, -1:]], dim=1)
+        solved.append((y, math.inf, facts[start : start + len(x)]))
+        start += len(x)
     return solved
-
-
-def _combined(rows: Sequence[Sequence[float]]) -> _Facts:
-    """The facts on a system from those on its rows."""
-    iterations, residuals, done, bent, left, overlaps, norms, descents = zip(
-        *rows, strict=True
-    )
-    return _Facts(
-        max(iterations),
-        math.hypot(*residuals),
-        min(done),
-        max(bent),
-        max(left),
-        sum(overlaps),
-        math.hypot(*norms),
-        sum(descents),
-    )
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
     """Rows of equal width; the coordinate in the null space stays the last."""
-    if len(parts) == 1:
-        return parts[0]
     width = max(part.shape[1] for part in parts)
-    b = parts[0].new_zeros(sum(map(len, parts)), width)
-    for rows, part in zip(b.split([len(part) for part in parts]), parts, strict=True):
-        rows[:, : part.shape[1] - 1] = part[:, :-1]
-        rows[:, -1] = part[:, -1]
-    return b
+    rows = []
+    for part in parts:
+        zeros = part.new_zeros(len(part), width - part.shape[1])
+        rows.append(torch.cat([part[:, :-1], zeros, part[:, -1:]], dim=1))
+    return torch.cat(rows)
 
 
 def _shares(b: Tensor) -> Tensor:
@@ -497,23 +431,22 @@ def _damped(
 
 
 def _directly(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
-    """By factorisation."""
-    alpha, norm = options["alpha"], torch.linalg.vector_norm
-    solutions, columns = [], []
+    alpha, solutions, columns = options["alpha"], [], []
     for _, _, system in equations:
         y, margin = solve_system(system, 1 - alpha, alpha)
-        residual = alpha * y - system.rhs
         bent = system.operator.product(y[:, :-1]) * system.scales[:, None]
+        residual = alpha * y - system.rhs
         residual[:, :-1].add_(bent, alpha=1 - alpha)
         # Squares over- or underflow in float32 where a vector does not.
-        sizes = [norm(vector, dtype=torch.float64) for vector in (residual, y)]
-        descent = (y.double() * system.rhs.double()).sum()
+        norms = [
+            torch.linalg.vector_norm(v, dtype=torch.float64) for v in (residual, y)
+        ]
         solutions.append(y)
-        columns.append(torch.stack([*sizes, descent, margin.double()]))
-    facts = torch.stack(columns).tolist() if columns else []  # The host waits here.
+        columns += [*norms, (y.double() * system.rhs).sum(), margin.double()]
+    numbers = torch.stack(columns).view(-1, 4).tolist()  # The host waits here.
     return [
-        (y, _Facts(0, residual, True, False, False, 0.0, size, descent, margin))
-        for y, (residual, size, descent, margin) in zip(solutions, facts, strict=True)
+        (y, margin, [[0, residual, True, False, False, 0.0, norm, descent]])
+        for y, (residual, norm, descent, margin) in zip(solutions, numbers, strict=True)
     ]
 
 
@@ -529,7 +462,7 @@ def _check_loss(loss: object) -> None:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    lr = options["lr"]
+    lr, solver, trust = options["lr"], options["solver"], options["trust_radius"]
     if not (is_number(lr) and 0 <= float(lr) < math.inf):
         raise ValueError(f"lr={lr!r} must be a finite number that is not negative.")
     check_alpha(options["alpha"])
@@ -537,16 +470,14 @@ def _check_options(options: dict[str, Any]) -> None:
         options["cg_tol"], options["cg_atol"], options["cg_maxiter"], prefix="cg_"
     )
     # An array has no truth value; a comparison must not answer with its own error.
-    if not isinstance(options["solver"], str) or (
-        options["solver"] not in ("cg", "direct")
-    ):
+    if not (isinstance(solver, str) and solver in ("cg", "direct")):
         raise ValueError(
-            f"solver={options['solver']!r} is unknown. Choose 'cg' (inexact, conjugate "
-            "gradients) or 'direct' (factorisation)."
+            f"solver={solver!r} is unknown. Choose 'cg' (inexact, conjugate gradients) "
+            "or 'direct' (factorisation)."
         )
-    check_trust_radius(options["trust_radius"])
-    if options["trust_radius"] is not None and options["solver"] == "direct":
+    check_trust_radius(trust)
+    if trust is not None and solver == "direct":
         raise ValueError(
-            f"trust_radius={options['trust_radius']!r} bounds the iterates of "
-            "conjugate gradients. Use solver='cg', or trust_radius=None."
+            f"trust_radius={trust!r} bounds the iterates of conjugate gradients. Use "
+            "solver='cg', or trust_radius=None."
         )

@@ -31,13 +31,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import settings
 from .guards import full_precision, is_narrow, is_number, require_floats
 from .settings import (
     DENSE_FEATURES,
     NEGLIGIBLE,
     NULL_SLACK,
     REMAINDER_ENTRIES,
-    fits_dense,
     rows_at_once,
 )
 
@@ -130,7 +130,7 @@ class SymmetricOperator(ABC):
         like: Tensor | SymmetricOperator,
         reads: Iterable[Watched] = (),
     ) -> None:
-        if is_narrow(like.dtype):
+        if isinstance(like, Tensor) and is_narrow(like.dtype):
             raise ValueError(
                 f"A matrix of {like.dtype} is too coarse for curvature: a solve would "
                 "lose all digits. Convert it with .float()."
@@ -227,7 +227,7 @@ class SymmetricOperator(ABC):
     @property
     def fits(self) -> bool:
         """Whether the dense matrix is within the limit; see ``set_dense_limit``."""
-        return fits_dense(self.shape.numel() * self.dtype.itemsize)
+        return self.shape.numel() * self.dtype.itemsize <= settings.dense_limit
 
     # --- What a subclass may know better. ---------------------------------------------
 
@@ -318,16 +318,11 @@ class DenseOperator(SymmetricOperator):
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        if not isinstance(matrix, Tensor):
-            raise TypeError(f"matrix is a {type(matrix).__name__}; pass a tensor.")
+        require_floats("matrix", matrix)
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be square, got shape {list(matrix.shape)}.")
         if len(matrix) == 0:
             raise ValueError("matrix is empty.")
-        if not matrix.is_floating_point():
-            raise ValueError(
-                f"matrix is {matrix.dtype}; it must have a floating-point dtype."
-            )
         super().__init__(len(matrix), matrix)
         self.matrix = matrix
 
@@ -749,11 +744,6 @@ def as_operator(hessian: object) -> SymmetricOperator:
     if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * largest:
         raise ValueError("output_hessian is not symmetric.")
     return DenseOperator(matrix) if matrix.dim() == 2 else SampleBlocks(matrix)
-
-
-def attach_hessian(parameter: Tensor, operator: SymmetricOperator | None) -> None:
-    """Set ``parameter.hessian``, which no type stub knows."""
-    vars(parameter)["hessian"] = operator
 
 
 def check_alpha(alpha: float) -> None:

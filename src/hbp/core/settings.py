@@ -10,7 +10,8 @@ from typing import Final
 
 from .guards import is_number
 
-_dense_limit: float = 2**29
+dense_limit: float = 2**29
+"""Bytes of the largest matrix that is formed; see ``set_dense_limit``."""
 
 DENSE_FEATURES: Final = 256
 """Up to this size ``Congruence`` forms its matrix before it multiplies.
@@ -71,16 +72,11 @@ def set_dense_limit(nbytes: float) -> float:
     Raises:
         ValueError: ``nbytes`` is no positive number.
     """
-    global _dense_limit
+    global dense_limit
     if not (is_number(nbytes) and nbytes > 0):
         raise ValueError(f"nbytes={nbytes!r} must be a positive number of bytes.")
-    before, _dense_limit = _dense_limit, nbytes
+    before, dense_limit = dense_limit, nbytes
     return before
-
-
-def fits_dense(nbytes: int) -> bool:
-    """Whether an array of ``nbytes`` is within the limit of ``set_dense_limit``."""
-    return nbytes <= _dense_limit
 
 
 def rows_at_once(entries: int) -> int:

@@ -6,7 +6,7 @@ rule of its own is faster; this one is right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,30 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vjp, vmap
 
-from hbp.core.jacobians import Bilinear, Dense, Function, Jacobian
+from hbp.core import settings
+from hbp.core.jacobians import Bilinear, Function, Jacobian
 from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import SampleBlocks, SymmetricOperator, Watched
-from hbp.core.settings import fits_dense
+
+
+class Dense(Jacobian):
+    """A dense Jacobian of its own for each sample; ``data`` is J, [N, z, x]."""
+
+    def __init__(
+        self, J: Tensor, in_shape: Sequence[int], out_shape: Sequence[int]
+    ) -> None:
+        super().__init__(in_shape, out_shape, len(J), J)
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        return self._multiply(rows, lambda J: J.mT)
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        return self._multiply(rows, lambda J: J)
+
+    def _multiply(self, rows: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
+        # One product per sample for all rows: one per row would copy the matrices.
+        parts = rows.reshape(len(rows), self.samples, -1).transpose(0, 1)
+        return (parts @ turn(self.data)).transpose(0, 1).flatten(1)
 
 
 class BilinearRule(HBPModule):
@@ -166,7 +186,7 @@ class GeneralRule(HBPModule):
         before, after = self.last_record.input_shape, self.last_record.output_shape
         entries = before.numel() * max(before[1:].numel(), after[1:].numel())
         size = entries * self.last_record.kind[0].itemsize
-        if not fits_dense(size):
+        if size > settings.dense_limit:
             raise MemoryError(
                 f"{self} forms a dense Jacobian for each of {before[0]} samples of "
                 f"{before[1:].numel()} features, {size / 2**30:.1f} GiB. Use a smaller "
