@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import hbp
+from hbp.core.cg import Product, Solution, cg_rows
 from hbp.operators import SymmetricOperator
 
 # Float64 blocks of these small networks have entries of about 1 and are sums of
@@ -120,3 +122,61 @@ def values(model: nn.Module) -> list[Tensor]:
 def all_equal(left: list[Tensor], right: list[Tensor]) -> bool:
     """Whether two lists agree bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+class Row(NamedTuple):
+    """[(1-α)A + αI] x = b, one of the systems that are solved together.
+
+    Attributes:
+        operator: A, [k, k]. Where b is longer than k, A has zeros there.
+        b: [n], n ≥ k.
+        alpha: α.
+        atol: Absolute tolerance.
+        radius: ‖x‖ ≤ radius.
+    """
+
+    operator: SymmetricOperator
+    b: Tensor
+    alpha: float = 0.0
+    atol: float = 0.0
+    radius: float = math.inf
+
+    @property
+    def matrix(self) -> Tensor:
+        """(1-α)A + αI, dense."""
+        k, n = self.operator.shape[0], len(self.b)
+        A = self.b.new_zeros(n, n)
+        A[:k, :k] = self.operator.to_dense()
+        return (1 - self.alpha) * A + self.alpha * torch.eye(n, dtype=A.dtype)
+
+
+def solve_rows(
+    rows: Sequence[Row], tol: float, maxiter: int | None = None, check_every: int = 1
+) -> Solution:
+    """``cg_rows`` on systems of any sizes, each padded with zeros."""
+    width = max(len(row.b) for row in rows)
+    b = torch.stack([nn.functional.pad(r.b, (0, width - len(r.b))) for r in rows])
+    alphas = b.new_tensor([[row.alpha] for row in rows])
+
+    def product_of(live: Sequence[int]) -> Product:
+        own = [(rows[i].operator, 1 - rows[i].alpha) for i in live]
+
+        def product(p: Tensor) -> Tensor:
+            Ap = p * alphas[list(live)]
+            for place, (A, weight) in enumerate(own):
+                k = A.shape[0]
+                Ap[place, :k].add_(A.product(p[place : place + 1, :k])[0], alpha=weight)
+            return Ap
+
+        return product
+
+    bounded = any(math.isfinite(row.radius) for row in rows)
+    return cg_rows(
+        product_of,
+        b,
+        tol,
+        b.new_tensor([[row.atol] for row in rows]),
+        10 * width if maxiter is None else maxiter,
+        b.new_tensor([[row.radius] for row in rows]) if bounded else None,
+        check_every,
+    )

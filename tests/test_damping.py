@@ -8,13 +8,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import close, indefinite, randn, send_back, small_batch, small_net, spd
+from helpers import (
+    Row,
+    close,
+    indefinite,
+    randn,
+    send_back,
+    small_batch,
+    small_net,
+    solve_rows,
+    spd,
+)
 from torch import Tensor, nn
 
 import hbp
 from hbp import CGNewton, LevenbergMarquardt
 from hbp.operators import DenseOperator, KroneckerBlock
-from hbp.optim.lockstep import Damped, cg_lockstep
 
 
 def steihaug(A: np.ndarray, b: np.ndarray, radius: float, tol: float) -> np.ndarray:
@@ -39,10 +48,9 @@ def steihaug(A: np.ndarray, b: np.ndarray, radius: float, tol: float) -> np.ndar
 def test_steihaug_by_itself_and_in_company(matrix, radius: float) -> None:
     systems = []
     for n in (2, 5, 9):
-        operator, b = DenseOperator(matrix(n)), randn(n)
-        systems.append(Damped(operator, 0.0, b, 1e-8, 0.0, None, None, radius))
-    plain = Damped(DenseOperator(spd(4)), 0.1, randn(4), 1e-8, 0.0, None)
-    found = cg_lockstep([*systems, plain])
+        systems.append(Row(DenseOperator(matrix(n)), randn(n), radius=radius))
+    plain = Row(DenseOperator(spd(4)), randn(4), 0.1)
+    found = solve_rows([*systems, plain], 1e-8)
     for i, s in enumerate(systems):
         A, n = s.operator.to_dense(), len(s.b)
         expected = steihaug(A.numpy(), s.b.numpy(), radius, 1e-8)
@@ -55,7 +63,7 @@ def test_steihaug_by_itself_and_in_company(matrix, radius: float) -> None:
         assert bool(found.negative_curvature[i]) == single.negative_curvature
         assert int(found.iterations[i]) == single.iterations
         if single.on_boundary:
-            assert float(found.norm[i]) == pytest.approx(radius, rel=1e-12)
+            assert float(found.x[i].norm()) == pytest.approx(radius, rel=1e-12)
             # Not above the model at the Cauchy point, the best along b.
             curvature, size = float(s.b @ A @ s.b), float(s.b.norm())
             step = radius / size
@@ -64,19 +72,19 @@ def test_steihaug_by_itself_and_in_company(matrix, radius: float) -> None:
             cauchy = step * size**2 - step**2 / 2 * curvature
             model = float(single.x @ s.b - single.x @ A @ single.x / 2)
             assert model >= cauchy * (1 - 1e-12)
-    assert torch.equal(found.x[3, :4], cg_lockstep([*systems, plain]).x[3, :4])
+    assert torch.equal(found.x[3, :4], solve_rows([*systems, plain], 1e-8).x[3, :4])
     assert not found.on_boundary[3]
 
 
 def test_interior_iterates_are_those_without_a_radius() -> None:
-    """Bit for bit, in hbp.cg, in lockstep and in a row beside one that is bounded."""
+    """Bit for bit, in hbp.cg, in company and in a row beside one that is bounded."""
     A, b = spd(8), randn(8)
     plain = hbp.cg(A, b)
     assert torch.equal(plain.x, hbp.cg(A, b, trust_radius=1e6).x)
-    free = Damped(DenseOperator(A), 0.1, b, 1e-6, 0.0, None)
-    wide, tight = free._replace(trust_radius=1e6), free._replace(trust_radius=1e-3)
-    expected = cg_lockstep([free, free, free])
-    found = cg_lockstep([wide, free, tight])
+    free = Row(DenseOperator(A), b, 0.1)
+    wide, tight = free._replace(radius=1e6), free._replace(radius=1e-3)
+    expected = solve_rows([free, free, free], 1e-6)
+    found = solve_rows([wide, free, tight], 1e-6)
     assert torch.equal(found.x[:2], expected.x[:2])
     assert found.on_boundary.tolist() == [False, False, True]
 
