@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from collections.abc import Iterable
 from typing import Any, cast
@@ -13,7 +14,7 @@ from helpers import close, randn
 from torch import Tensor, nn
 
 import hbp
-from hbp.maps import BiasMap, DiagonalMap, LinearMap, MatrixMap
+from hbp.core.jacobians import Batch, Diagonal, Jacobian, Matrix
 from hbp.testing import check_layer
 
 
@@ -57,9 +58,54 @@ class HBPSoftmax(hbp.GeneralRule, nn.Softmax):
     """A layer that mixes the features of a sample."""
 
 
+class Squares(nn.Module):
+    """z = s ⊙ x²."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x.square()
+
+
+class Scaling(Jacobian):
+    """∂z/∂s of z = s ⊙ v; ``data`` is v, [N, features]."""
+
+    of_parameter = True
+
+    def __init__(self, v: Tensor) -> None:
+        super().__init__(v.shape[1:], v.shape[1:], len(v), v)
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        return (self.data * rows[:, None]).flatten(1)
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        return (rows.view(len(rows), *self.data.shape) * self.data).sum(1)
+
+
+class HBPSquares(hbp.HBPModule, Squares):
+    """All three rules, of every sample, by hand."""
+
+    schemes = ("average_input_jacobian", "average_parameter_jacobian")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.record(input, super().forward(input), keep=input)
+
+    def jacobian(self) -> Jacobian:
+        return Diagonal(2 * self.scale * self.last_record.kept)
+
+    def second_order(self, J: Jacobian) -> Tensor:
+        return 2 * self.scale * self.last_record.delta_of(self)
+
+    def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
+        yield self.scale, Scaling(self.last_record.kept.square())
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
+        (HBPSquares(4), (3, 4)),
         (HBPScale(4), (3, 4)),
         (HBPLowRank(), (3, 4)),
         (HBPConvolution(2, 2, 2), (2, 2, 3, 3)),
@@ -81,7 +127,8 @@ def test_right_layers_pass(layer: hbp.HBPModule, shape: tuple[int, ...]) -> None
     for name, value in layer.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, before[name])
-    assert layer._record is None
+    with pytest.raises(RuntimeError, match="before a forward pass"):
+        layer.check_record()
     assert all(p.grad is None and p.hessian is None for p in layer.parameters())
 
 
@@ -98,61 +145,64 @@ class WrongSecond(hbp.HBPTanh):
 class Flipped(hbp.HBPTanh):
     """J has the wrong sign, which cancels in JᵀHJ."""
 
-    def jacobian(self, hessian_pass: Any) -> LinearMap:
-        kept = self.last_record.kept.flatten(1)
-        return DiagonalMap(-hessian_pass.mean(self.first_derivative(kept)))
+    def jacobian(self) -> Jacobian:
+        return Diagonal(-self.first_derivative(self.last_record.kept))
+
+    def second_order(self, J: Jacobian) -> Tensor:
+        z = self.last_record.kept
+        return self.second_derivative(z, -J.data) * self.last_record.delta_of(self)
 
 
-class WrongTranspose(MatrixMap):
-    def forward(self, columns: Tensor) -> Tensor:
-        return 1.01 * super().forward(columns)
+class WrongTranspose(Matrix):
+    def jvp(self, rows: Tensor) -> Tensor:
+        return 1.01 * super().jvp(rows)
 
 
 class Untransposed(hbp.HBPLinear):
-    def jacobian(self, hessian_pass: Any) -> LinearMap:
-        if hessian_pass.is_exact:
-            return super().jacobian(hessian_pass)
-        return WrongTranspose(self.weight)
+    def jacobian(self) -> Jacobian:
+        return WrongTranspose(self.weight, self.last_record.output_shape[0])
+
+
+class FirstAlone(Diagonal):
+    def mean(self, batch: Batch) -> Jacobian:
+        return Diagonal(self.data[:1])
 
 
 class Unaveraged(hbp.HBPTanh):
     """The first sample stands for the batch."""
 
-    def jacobian(self, hessian_pass: Any) -> LinearMap:
-        if hessian_pass.is_exact:
-            return super().jacobian(hessian_pass)
-        kept = self.last_record.kept
-        return DiagonalMap(self.first_derivative(kept)[0].flatten())
+    def jacobian(self) -> Jacobian:
+        return FirstAlone(self.first_derivative(self.last_record.kept))
+
+
+class WrongOrder(HBPSquares):
+    """The second-order term of another function."""
+
+    def second_order(self, J: Jacobian) -> Tensor:
+        return -super().second_order(J)
 
 
 class WithoutBias(HBPScale):
-    def parameter_jacobians(
-        self, hessian_pass: Any
-    ) -> Iterable[tuple[Tensor, LinearMap]]:
-        return list(super().parameter_jacobians(hessian_pass))[:1]
+    def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
+        return list(super().parameter_jacobians())[:1]
 
 
 class WrongBias(HBPScale):
-    def parameter_jacobians(
-        self, hessian_pass: Any
-    ) -> Iterable[tuple[Tensor, LinearMap]]:
-        weight, (bias, _) = super().parameter_jacobians(hessian_pass)
-        spread = BiasMap(hessian_pass.samples, 1, 4)
-        return [weight, (bias, WrongSpread(spread))]
+    def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
+        weight, (bias, J) = super().parameter_jacobians()
+        return [weight, (bias, WrongSpread(J.in_shape, J.out_shape, J.samples))]
 
 
-class WrongSpread(LinearMap):
+class WrongSpread(Jacobian):
     """The mean of the entries, everywhere."""
 
-    def __init__(self, spread: BiasMap) -> None:
-        self.in_size, self.out_size = 4, spread.out_size
-        self._spread = spread
+    of_parameter = True
 
-    def forward(self, columns: Tensor) -> Tensor:
-        return self._spread.forward(columns.mean(0, keepdim=True))
+    def jvp(self, rows: Tensor) -> Tensor:
+        return rows.mean(1, keepdim=True).expand(-1, self.out_size)
 
-    def transpose(self, columns: Tensor) -> Tensor:
-        return self._spread.transpose(columns).expand(4, -1) / 4
+    def vjp(self, rows: Tensor) -> Tensor:
+        return rows.sum(1, keepdim=True).expand(-1, self.in_size) / self.in_size
 
 
 class Forgetful(hbp.HBPTanh):
@@ -171,8 +221,9 @@ class Mixing(hbp.HBPTanh):
         (WrongFirst(), r"input, exact, treatment 'zero': the matrix is off by"),
         (WrongSecond(), r"input, exact, treatment 'none': the matrix is off by"),
         (Flipped(), r"1 readings of Flipped .*\n  jacobian, exact: it is off by"),
-        (Untransposed(4, 3), "jacobian, averaged: forward is not transpose's"),
+        (Untransposed(4, 3), "jacobian, averaged: jvp is not vjp's transpose"),
         (Unaveraged(), "input, averaged with average_input_jacobian=True"),
+        (WrongOrder(4), "input, exact, treatment 'none': the matrix is off by"),
         (WithoutBias(4), "bias, exact, treatment 'none': there is none"),
         (WrongBias(4), "bias, exact, treatment 'none': the matrix is off by"),
         (Forgetful(), "forward of Forgetful recorded nothing"),
@@ -236,10 +287,65 @@ def test_bilinear_blocks_survive_copies(average: bool) -> None:
 
 def test_a_rule_of_the_wrong_shape_is_named() -> None:
     class Short(hbp.HBPTanh):
-        def jacobian(self, hessian_pass: Any) -> LinearMap:
-            return DiagonalMap(torch.ones(3, dtype=torch.float64))
+        def jacobian(self) -> Jacobian:
+            return Diagonal(torch.ones(2, 3, dtype=torch.float64))
 
     layer, inputs = Short(), randn(2, 4).requires_grad_()
     layer(inputs).sum().backward()
-    with pytest.raises(ValueError, match=r"jacobian.*Short.*\[3, 3\].*\[4, 4\]"):
+    with pytest.raises(ValueError, match=r"jacobian.*Short.*\[6, 6\].*\[8, 8\]"):
         layer.backward_hessian(torch.eye(4, dtype=torch.float64), True, "zero")
+
+
+def test_a_rule_that_is_no_jacobian_is_named() -> None:
+    class Tensorial(hbp.HBPTanh):
+        def jacobian(self) -> Any:
+            return self.first_derivative(self.last_record.kept)
+
+    layer, inputs = Tensorial(), randn(2, 4).requires_grad_()
+    layer(inputs).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"jacobian of Tensorial is a Tensor.*\[8, 8\]"
+    ):
+        layer.backward_hessian(torch.eye(4, dtype=torch.float64), True, "zero")
+
+
+# --------------------------------------------------------------------------------------
+# Layers that were written for hbp 0.1.
+# --------------------------------------------------------------------------------------
+
+
+def _old_jacobian(self: Any, hessian_pass: Any) -> Any:
+    raise NotImplementedError
+
+
+def _old_second_order(self: Any, hessian_pass: Any, jacobian: Any) -> Any:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("rule", "function"),
+    [
+        ("jacobian", _old_jacobian),
+        ("second_order", _old_second_order),
+        ("parameter_jacobians", _old_jacobian),
+    ],
+)
+@pytest.mark.parametrize("base", [hbp.HBPModule, hbp.HBPTanh, hbp.HBPLinear])
+def test_a_rule_of_the_old_contract_is_refused_where_it_is_written(
+    rule: str, function: Any, base: type
+) -> None:
+    with pytest.raises(TypeError) as caught:
+        type("Mine", (base,), {rule: function})
+    message = str(caught.value)
+    assert message.startswith(f"Mine.{rule} takes a hessian_pass")
+    # What to change, and where to read on.
+    for part in ("every sample", "second_order(self, J)", "core.jacobians", "[N, ...]"):
+        assert part in message
+    assert "Write a layer" in message
+
+
+def test_the_old_maps_say_where_they_are() -> None:
+    with pytest.raises(
+        ImportError, match=r"became hbp\.core\.jacobians.*jacobian\(self\)"
+    ):
+        importlib.import_module("hbp.maps")
