@@ -221,7 +221,7 @@ def test_operators_answer_in_float32_under_autocast(scheme: bool) -> None:
     """Asked there for the first time, they would keep what they found."""
     model, (x, labels) = network(), batch()
     model.set_hbp_approximation(scheme, scheme)
-    model[6].set_hbp_blocks(joint_bias=True)
+    model[6].set_hbp_blocks(sub_blocks=3)
     model[10].set_hbp_blocks(sub_blocks=2)
     outside = [questions(H) for H in curvature(model, x, labels)]
     with autocast(torch.bfloat16):
