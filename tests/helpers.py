@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hbp
 from hbp.core.cg import Product, Solution, cg_rows
-from hbp.operators import SymmetricOperator
+from hbp.operators import DenseOperator, SymmetricOperator
 
 # Float64 blocks of these small networks have entries of about 1 and are sums of
 # some hundred products. Measured, relative to entries above 1: 6e-16 for blocks of
@@ -180,3 +180,17 @@ def solve_rows(
         b.new_tensor([[row.radius] for row in rows]) if bounded else None,
         check_every,
     )
+
+
+def columns_by_cg(
+    block: SymmetricOperator, b: Tensor, alpha: float, **options: Any
+) -> tuple[Tensor, list[hbp.CGResult]]:
+    """``cg`` on each [(1-α)λ_j H + αI] y_j = b_j by itself, and what they stand for."""
+    system = block.system(b)
+    H, found = system.operator.to_dense(), []
+    for scale, column in zip(system.scales, system.rhs, strict=True):
+        matrix = Row(DenseOperator(scale * H), column, alpha).matrix
+        found.append(hbp.cg(matrix, column, **options))
+    vector = torch.zeros_like(b)
+    system.add_to(vector, torch.stack([result.x for result in found]), 1.0)
+    return vector, found

@@ -15,6 +15,7 @@ from helpers import (
     SCHEMES,
     all_equal,
     close,
+    columns_by_cg,
     indefinite,
     randn,
     send_back,
@@ -159,18 +160,9 @@ def test_each_column_iterates_by_itself(rows: int, maxiter: int) -> None:
     """
     alpha = 0.05
     p, dense, optimizer = weight_with_block(rows, alpha, maxiter)
-    system = p.hessian.system(p.grad.flatten())
-    H = p.hessian.outer.matrix
-    assert len(system.scales) == min(rows, 5)
-    alone = []
-    for scale, b in zip(system.scales, system.rhs, strict=True):
-        matrix = torch.zeros(5, 5).double()
-        matrix[:4, :4] = (1 - alpha) * scale * H
-        matrix.diagonal().add_(alpha)
-        alone.append(hbp.cg(matrix, b, tol=1e-14, maxiter=maxiter))
-    expected = torch.zeros(20).double()
-    system.add_to(expected, torch.stack([found.x for found in alone]), -1.0)
-
+    options = {"tol": 1e-14, "maxiter": maxiter}
+    expected, alone = columns_by_cg(p.hessian, -p.grad.flatten(), alpha, **options)
+    assert len(alone) == min(rows, 5)
     step = moved(p, optimizer.step).flatten()
     close(step, expected, rtol=1e-9, atol=1e-11)
     info = optimizer.last_step[p]
@@ -179,7 +171,7 @@ def test_each_column_iterates_by_itself(rows: int, maxiter: int) -> None:
     assert info.residual_norm == pytest.approx(residual, rel=1e-9, abs=1e-11)
 
     b = -p.grad.flatten()
-    whole = hbp.cg(dense, b, tol=1e-14, maxiter=maxiter).x
+    whole = hbp.cg(dense, b, **options).x
     model, joint = (float(d @ dense @ d / 2 - b @ d) for d in (step, whole))
     assert model <= joint + 1e-12 * abs(joint)
 
