@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, indefinite, randn, send_back, spd
+from helpers import close, columns_by_cg, indefinite, randn, send_back, spd
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hbp
-from hbp import operators
-from hbp.maps import DiagonalMap, MatrixMap
+from hbp.core import operators
+from hbp.core.jacobians import Diagonal, Jacobian, Matrix, as_batch
 from hbp.operators import (
-    Congruence,
     DenseOperator,
+    DiagonalOperator,
     KroneckerBlock,
     SymmetricOperator,
 )
@@ -31,6 +32,14 @@ ALPHAS = pytest.mark.parametrize("alpha", [1e-4, 1e-3, 0.02, 0.3, 1.0])
 # --------------------------------------------------------------------------------------
 # Woodbury's identity.
 # --------------------------------------------------------------------------------------
+
+
+def through(
+    J: Jacobian, H: SymmetricOperator, r: Tensor | None = None, nonnegative: bool = True
+) -> SymmetricOperator:
+    """JᵀHJ + diag(r), as a pass makes it."""
+    term = None if r is None else DiagonalOperator(r, nonnegative)
+    return as_batch(None).congruence(J, H, term)
 
 
 @pytest.fixture
@@ -61,10 +70,10 @@ def chain(
     r = {"abs": r.abs(), "clip": r.clamp(min=0), "none": r}.get(kind)
     H, W, d = H.to(dtype), W.to(dtype), d.to(dtype)
     r = None if r is None else r.to(dtype)
-    operator: SymmetricOperator = Congruence(DenseOperator(H), MatrixMap(W))
+    operator = through(Matrix(W, 1), DenseOperator(H))
     J = W.double()
     if kind != "weight alone":
-        operator = Congruence(operator, DiagonalMap(d), r, nonnegative=kind != "none")
+        operator = through(Diagonal(d[None]), operator, r, kind != "none")
         J = J * d.double()
     dense = J.T @ H.double() @ J
     return operator, dense if r is None else dense + torch.diag(r.double())
@@ -82,14 +91,14 @@ def test_solves_through_the_narrow_layer(
     factored: list[int], kind: str, dtype: torch.dtype, alpha: float, weight: Any
 ) -> None:
     operator, dense = chain(kind, dtype)
-    b = randn(40, 2, dtype=dtype)
+    b = randn(2, 40, dtype=dtype)
     scale = 7.0 if weight == "tensor" else weight
-    # As KroneckerProduct passes it: a matrix of one number.
-    factor = torch.full((1, 1), scale, dtype=dtype) if weight == "tensor" else scale
+    # As a system passes it: λ, of one number.
+    factor = torch.full((1,), scale, dtype=dtype) if weight == "tensor" else scale
     factor = (1 - alpha) * factor
     found, margin = operator.solve_damped(b, factor, alpha)
     damped = (1 - alpha) * scale * dense + alpha * torch.eye(40).double()
-    expected = torch.linalg.solve(damped, b.double())
+    expected = torch.linalg.solve(damped, b.T.double()).T
     # An r of any sign makes no D to divide by.
     assert factored == ([40] if kind == "none" else [6])
     assert margin > 1
@@ -104,9 +113,9 @@ def test_narrow_solves_are_no_less_accurate_than_dense_ones() -> None:
         logs = []
         for _ in range(20):
             operator, dense = chain("abs", torch.float32)
-            b = randn(40, 1, dtype=torch.float32)
+            b = randn(1, 40, dtype=torch.float32)
             damped = (1 - alpha) * dense + alpha * torch.eye(40).double()
-            expected = torch.linalg.solve(damped, b.double())
+            expected = torch.linalg.solve(damped, b.T.double()).T
             narrow, _ = operator.solve_damped(b, 1 - alpha, alpha)
             formed = DenseOperator(operator.to_dense())
             plain, _ = formed.solve_damped(b, 1 - alpha, alpha)
@@ -116,17 +125,17 @@ def test_narrow_solves_are_no_less_accurate_than_dense_ones() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.02, 0.3])
-def test_two_columns_and_an_indefinite_layer_above(
+def test_several_vectors_and_an_indefinite_layer_above(
     factored: list[int], alpha: float
 ) -> None:
     """r ≥ 0 is all that is asked for; H may have eigenvalues of both signs."""
     operator, dense = chain("abs", torch.float64, indefinite(6))
     damped = (1 - alpha) * dense + alpha * torch.eye(40).double()
-    b = randn(40, 3)
+    b = randn(3, 40)
     found, margin = operator.solve_damped(b, 1 - alpha, alpha)
     assert factored == [6]
     assert margin > 1
-    close(found, torch.linalg.solve(damped, b), rtol=1e-8, atol=1e-8)
+    close(found, torch.linalg.solve(damped, b.T).T, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -135,11 +144,9 @@ def test_two_columns_and_an_indefinite_layer_above(
 def test_only_half_as_wide_is_narrow(
     factored: list[int], narrow: int, wide: int, size: int
 ) -> None:
-    operator = Congruence(DenseOperator(spd(narrow)), MatrixMap(randn(narrow, wide)))
-    operator.solve_damped(randn(wide, 1), 0.9, 0.1)
-    Congruence(operator, DiagonalMap(randn(wide))).solve_damped(
-        randn(wide, 1), 0.9, 0.1
-    )
+    operator = through(Matrix(randn(narrow, wide), 1), DenseOperator(spd(narrow)))
+    operator.solve_damped(randn(1, wide), 0.9, 0.1)
+    through(Diagonal(randn(1, wide)), operator).solve_damped(randn(1, wide), 0.9, 0.1)
     assert factored == [size, size]
 
 
@@ -148,24 +155,24 @@ def test_two_activations_in_a_row(factored: list[int], bent: bool, size: int) ->
     """The upper one's second-order term is no part of a narrow matrix."""
     inner, dense = chain("abs" if bent else "zero", torch.float64)
     d, r = randn(40), randn(40).abs()
-    operator = Congruence(inner, DiagonalMap(d), r, nonnegative=True)
+    operator = through(Diagonal(d[None]), inner, r)
     damped = 0.9 * (torch.outer(d, d) * dense + torch.diag(r))
     damped += 0.1 * torch.eye(40).double()
-    b = randn(40, 1)
+    b = randn(1, 40)
     found, _ = operator.solve_damped(b, 0.9, 0.1)
     assert factored == [size]
-    close(found, torch.linalg.solve(damped, b), rtol=1e-9, atol=1e-10)
+    close(found, torch.linalg.solve(damped, b.T).T, rtol=1e-9, atol=1e-10)
 
 
 def test_without_damping_nothing_is_divided_by_it(factored: list[int]) -> None:
     operator, dense = chain("abs", torch.float64)
     dense = dense + torch.diag(torch.ones(40)).double()
-    operator.second_order.add_(1)
-    b = randn(40, 1)
+    operator.term.values.add_(1)
+    b = randn(1, 40)
     found, margin = operator.solve_damped(b, 1.0, 0.0)
     assert factored == [40]
     assert margin > 1
-    close(found, torch.linalg.solve(dense, b), rtol=1e-9)
+    close(found, torch.linalg.solve(dense, b.T).T, rtol=1e-9)
 
 
 @BOTH
@@ -175,17 +182,17 @@ def test_singular_systems_have_no_margin(kind: str, dtype: torch.dtype) -> None:
     alpha = 0.25
     H, J = torch.zeros(2, 2, dtype=dtype), torch.zeros(2, 6, dtype=dtype)
     H[0, 0], H[1, 1], J[0, 0], J[1, 1] = -alpha / (1 - alpha), 1, 1, 1
-    operator: SymmetricOperator = Congruence(DenseOperator(H), MatrixMap(J))
+    operator = through(Matrix(J, 1), DenseOperator(H))
     if kind == "zero":
-        operator = Congruence(operator, DiagonalMap(torch.ones(6, dtype=dtype)))
-    b = torch.ones(6, 1, dtype=dtype)
+        operator = through(Diagonal(torch.ones(1, 6, dtype=dtype)), operator)
+    b = torch.ones(1, 6, dtype=dtype)
     _, margin = operator.solve_damped(b, 1 - alpha, alpha)
     assert not margin > 1
     with pytest.raises(ArithmeticError, match="singular"):
-        operator.solve(b, alpha)
+        operator.solve(b.T, alpha)
     # And without damping, of which there is too little to begin with.
     with pytest.raises(ArithmeticError, match="singular"):
-        operator.solve(b)
+        operator.solve(b.T)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -195,12 +202,12 @@ def test_not_finite_pieces_have_no_margin_or_no_finite_solution(
 ) -> None:
     H, W, d, r = spd(3), randn(3, 8), randn(8), randn(8).abs()
     {"H": H, "W": W, "d": d, "r": r}[where].view(-1)[0] = bad
-    inner = Congruence(DenseOperator(H), MatrixMap(W))
-    operator = Congruence(inner, DiagonalMap(d), r, nonnegative=True)
-    found, margin = operator.solve_damped(randn(8, 1), 0.9, 0.1)
+    inner = through(Matrix(W, 1), DenseOperator(H))
+    operator = through(Diagonal(d[None]), inner, r)
+    found, margin = operator.solve_damped(randn(1, 8), 0.9, 0.1)
     if where == "r" and math.isinf(bad):
         # An infinite curvature is a feature that does not move.
-        assert found[0] == 0 or not margin > 1
+        assert found[0, 0] == 0 or not margin > 1
     else:
         assert not (margin > 1 and bool(found.isfinite().all()))
     if math.isnan(bad):
@@ -261,11 +268,11 @@ def test_gradients_in_the_span_have_no_remainder(
         F, coefficients = rows.to(dtype), randn(out, count).abs().to(dtype)
         B = coefficients @ F
         block = KroneckerBlock(DenseOperator(torch.eye(out, dtype=dtype)), F)
-        reduction = block.reduce(B.flatten())
+        rhs = block.system(B.flatten()).rhs
         # One sum over all entries is off by 100 eps itself.
         norm = float(B.double().norm(dim=1).norm())
-        assert 0 < float(reduction.rhs[-1]) < 60 * torch.finfo(dtype).eps * norm
-        inside = float(reduction.rhs[:-1].double().norm())
+        assert 0 < float(rhs[:, -1].norm()) < 60 * torch.finfo(dtype).eps * norm
+        inside = float(rhs[:, :-1].double().norm())
         assert inside == pytest.approx(norm, rel=20 * torch.finfo(dtype).eps)
 
 
@@ -281,7 +288,7 @@ def test_a_remainder_is_seen_in_a_large_float32_gradient(relative: float) -> Non
     u = randn(out, 1)
     B = (u / u.norm() @ s + remainder).float()
     block = KroneckerBlock(DenseOperator(torch.eye(out)), s.float())
-    length = float(block.reduce(B.flatten()).rhs[-1])
+    length = float(block.system(B.flatten()).rhs[0, -1])
     # An entry of B is rounded by up to 6e-8 of itself.
     assert length == pytest.approx(relative, rel=0.01)
 
@@ -317,7 +324,8 @@ def test_a_small_remainder_is_scaled_like_a_large_one(
 ) -> None:
     """float32, against float64 on the dense matrix, within B⊥ alone.
 
-    CG stops after three steps, so that the polynomial, not convergence, is compared.
+    CG stops after three steps, so that the polynomial, not convergence, is compared;
+    with several rows that of each column.
     """
     out, into, alpha = 6, 50, 0.02
     rows = torch.rand(count, into).float()
@@ -336,10 +344,16 @@ def test_a_small_remainder_is_scaled_like_a_large_one(
     S = rows.double().T @ rows.double()
     dense = (1 - alpha) * torch.kron(H.double(), S)
     dense += alpha * torch.eye(out * into).double()
-    if solver == "cg":
-        expected = hbp.cg(dense, B.double().flatten(), tol=1e-12, maxiter=3).x
+    b, wide = (
+        B.double().flatten(),
+        KroneckerBlock(DenseOperator(H.double()), rows.double()),
+    )
+    if solver == "direct":
+        expected = torch.linalg.solve(dense, b)
+    elif count == 1:
+        expected = hbp.cg(dense, b, tol=1e-12, maxiter=3).x
     else:
-        expected = torch.linalg.solve(dense, B.double().flatten())
+        expected, _ = columns_by_cg(wide, b, alpha, tol=1e-12, maxiter=3)
     gap = p.detach().double() - expected.view(out, into)
     assert gap.norm() <= 1e-3 * expected.norm()
     outside = expected.view(out, into) @ (torch.eye(into) - Q @ Q.T)
@@ -427,15 +441,33 @@ def test_steps_are_the_same_with_and_without_a_matrix(
         assert one.step_norm == pytest.approx(other.step_norm, rel=1e-9)
 
 
+class Operations(TorchDispatchMode):
+    """Counts what torch does, views aside."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
 def test_a_matrix_is_formed_only_where_it_is_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Once it is formed, a product is one multiplication."""
     for features, formed in [(0, False), (11, False), (12, True), (256, True)]:
         monkeypatch.setattr(operators, "DENSE_FEATURES", features)
         hessian = sent_back("abs")[0].bias.hessian
-        assert "_matrix" not in vars(hessian)
-        hessian @ randn(12)
-        assert ("_matrix" in vars(hessian)) == formed
+        counts = []
+        for _ in range(3):
+            with Operations() as operations:
+                hessian.product(randn(1, 12))
+            counts.append(operations.count - 1)  # Not the random numbers.
+        first, *later = counts
+        assert first > 1
+        assert [count == 1 for count in later] == [formed] * 2
 
 
 def test_errors_are_the_same_with_and_without_a_matrix(both_ways: Any) -> None:
@@ -446,6 +478,8 @@ def test_errors_are_the_same_with_and_without_a_matrix(both_ways: Any) -> None:
         hessians = [p.hessian for p in model.parameters()]
         for hessian in hessians:
             hessian @ randn(hessian.shape[0])
+        with pytest.raises(ValueError, match="right-hand side") as wrong:
+            hessians[0] @ randn(5)
         hbp.CGNewton(model.parameters(), 0.1, 0.1).step()
         messages = []
         for hessian in hessians[:4]:
@@ -455,8 +489,6 @@ def test_errors_are_the_same_with_and_without_a_matrix(both_ways: Any) -> None:
         # The output Hessian belongs to no weight.
         for hessian in hessians[4:]:
             hessian @ randn(hessian.shape[0])
-        with pytest.raises(ValueError, match="right-hand side") as wrong:
-            hessians[0] @ randn(5)
         # A second step on the same curvature is refused too.
         optimizer = hbp.CGNewton(model.parameters(), 0.1, 0.1)
         before = [p.detach().clone() for p in model.parameters()]
