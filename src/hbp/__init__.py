@@ -6,10 +6,7 @@ Feedforward Architectures", AISTATS 2020, arXiv 1902.01813.
 
 from hbp import blocks, distributed, fast  # noqa: F401  # They join the core.
 from hbp.convert import convert as convert
-from hbp.core.cg import CGResult as CGResult
-from hbp.core.cg import cg as cg
 from hbp.core.newton import CGNewton as CGNewton
-from hbp.core.settings import set_dense_limit as set_dense_limit
 from hbp.damping import LevenbergMarquardt as LevenbergMarquardt
 from hbp.inspection import compare_curvature as compare_curvature
 from hbp.inspection import condition_number as condition_number
@@ -21,4 +18,7 @@ from hbp.losses import batch_summed_hessian as batch_summed_hessian
 from hbp.losses import output_hessian as output_hessian
 from hbp.losses import per_sample_hessian as per_sample_hessian
 from hbp.nn import *  # noqa: F403  # It names nothing but layers.
+from hbp.operators import set_dense_limit as set_dense_limit
 from hbp.seeds import set_seeds as set_seeds
+from hbp.solve import CGResult as CGResult
+from hbp.solve import cg as cg

@@ -50,18 +50,18 @@ def set_hbp_blocks(model: HBPModule, sub_blocks: int = 1) -> None:
 class SubBlocks(NamedTuple):
     """What becomes of a block of θ whose first dimension are output features."""
 
-    count: int
+    parts: int
 
     def __call__(
         self, block: SymmetricOperator, parameter: Tensor
     ) -> SymmetricOperator:
         """The block, split."""
-        groups = torch.arange(len(parameter)).chunk(min(self.count, len(parameter)))
+        groups = torch.arange(len(parameter)).chunk(min(self.parts, len(parameter)))
         entries = parameter[0].numel()
         return split(block, [len(group) * entries for group in groups])
 
     def __str__(self) -> str:
-        return f"sub_blocks: {self.count}"
+        return f"sub_blocks: {self.parts}"
 
 
 def split(operator: SymmetricOperator, sizes: Sequence[int]) -> SymmetricOperator:

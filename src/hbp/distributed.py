@@ -21,14 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hbp.core.guards import is_count, require_floats
-from hbp.core.jacobians import Batch, as_batch
+from hbp.core.jacobians import Batch, Chain, Jacobian, as_batch
 from hbp.core.operators import (
     DenseOperator,
     KroneckerBlock,
@@ -36,14 +36,12 @@ from hbp.core.operators import (
     SymmetricOperator,
     eigh_of_gram,
 )
-from hbp.fast import RowsBlock
+from hbp.fast import FastBatch, RowsBlock
 
 if TYPE_CHECKING:  # A torch without torch.distributed has no such name.
     from torch.distributed import ProcessGroup
 
 __all__ = ["average", "joint_weight"]
-
-T = TypeVar("T")
 
 ALONE: Final = 2**20
 """A tensor of more bytes than 1 MiB travels alone; smaller ones share a message."""
@@ -152,7 +150,7 @@ class _Samples(NamedTuple):
     is_factor: bool
 
 
-class JointBatch(Batch):
+class JointBatch(FastBatch):
     """The batch of all processes of a group.
 
     Raises:
@@ -167,7 +165,7 @@ class JointBatch(Batch):
         self._answers: Iterator[Any] | None = None
         self._count, self._is_exact, self._blocks = 0, False, 0
 
-    def read(self, passage: Callable[[Batch], T]) -> T:
+    def read(self, passage: Callable[[Batch], Any]) -> Any:
         """The passage, twice: to ask, and with the answers of all processes."""
         with self._together():
             result = passage(self)
@@ -184,9 +182,16 @@ class JointBatch(Batch):
         own = super().total(values)
         return self._ask(_Sum(own, False), own)
 
-    def samples(self, values: Tensor) -> Tensor:
-        self._count = len(values)
-        return self._ask(_Samples(values, None, False), values)
+    def of_all(self, J: Jacobian) -> Jacobian:
+        if isinstance(J, Chain):
+            steps = [self.of_all(step) for step in J.steps]
+            most = max(step.samples for step in steps)
+            return Chain([step.with_data(step.data, most) for step in steps])
+        if J.data is None:
+            return J
+        self._count = len(J.data)
+        data = self._ask(_Samples(J.data, None, False), J.data)
+        return J.with_data(data, len(data))
 
     def output_hessian(self, H: SymmetricOperator) -> SymmetricOperator:
         self._is_exact = isinstance(H, SampleBlocks)

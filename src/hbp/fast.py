@@ -1,11 +1,14 @@
-"""A faster way to the same step for H ⊗ E[xxᵀ]: coordinates without a basis.
+"""Two faster ways to the same step.
 
-Where ``torch`` has fewer samples than features, the block of a weight is that of N rows.
-The core finds an orthonormal basis of their span and projects the gradient on it. But
-the gradient of the very batch is δᵀX, so its coordinates are known: eq-rows. Whether a
-gradient is one is asked of one random vector (Freivalds 1977).
+*H ⊗ E[xxᵀ] by rows.* With fewer samples than features the block of a weight is that of
+N rows. The core finds an orthonormal basis of their span and projects the gradient on
+it. But the gradient of the very batch is δᵀX, so its coordinates are known: eq-rows.
+Whether a gradient is one is asked of one random vector (Freivalds 1977).
 
-It joins the core as the ``Batch`` that ``backward_hessian`` asks by default.
+*Direct solves in the narrower layer.* JᵀHJ + R with a small H is solved in the size of
+H by Woodbury's identity, eq-woodbury.
+
+Both join the core through the ``Batch`` that ``backward_hessian`` asks by default.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hbp.core.jacobians import Batch, as_batch
+from hbp.core.jacobians import Batch, Diagonal, Jacobian, as_batch
 from hbp.core.operators import (
+    Congruence,
+    DiagonalOperator,
     KroneckerBlock,
     SymmetricOperator,
     System,
     eigh_of_gram,
+    regularity,
 )
 from hbp.core.settings import NEGLIGIBLE
 
@@ -100,8 +106,60 @@ class RowsBlock(KroneckerBlock):
         return factor, gap < MULTIPLE_SLACK * torch.finfo(B.dtype).eps * scale
 
 
+class NarrowCongruence(Congruence):
+    """JᵀHJ + R, which solves in the width of H where that is at most half as wide."""
+
+    def solve_damped(
+        self, rows: Tensor, weight: float | Tensor, shift: float
+    ) -> tuple[Tensor, Tensor]:
+        """Woodbury's identity, eq-woodbury: the layer above is at most half as wide.
+
+        With D = weight · R + shift · I and G = weight · H,
+
+            (D + JᵀGJ)⁻¹ b = D⁻¹(b - Jᵀu),   (I + G JD⁻¹Jᵀ) u = G JD⁻¹b,
+
+        a system of the size of H. It needs D to be well away from 0, so R ≥ 0.
+        """
+        narrow = self._narrow_factors() if shift > 0 else None
+        if narrow is None:
+            return super().solve_damped(rows, weight, shift)
+        outer, J = narrow
+        D = rows.new_full((self.shape[0],), shift)
+        if isinstance(self.term, DiagonalOperator):
+            D = D + self.term.values * weight
+        G, scaled = outer.to_dense() * weight, J / D
+        capacitance = G @ (scaled @ J.T)
+        capacitance.diagonal().add_(1)
+        factors, pivots, _ = torch.linalg.lu_factor_ex(capacitance)
+        u = torch.linalg.lu_solve(factors, pivots, G @ (scaled @ rows.T))
+        return (rows - u.T @ J) / D, regularity(factors.diagonal(), shift)
+
+    def _narrow_factors(self) -> tuple[SymmetricOperator, Tensor] | None:
+        """H and a dense J, [z, x], with 2z ≤ x and A = JᵀHJ + R for R ≥ 0, or None."""
+        outer, jacobian, term = self.outer, self.jacobian, self.term
+        if not (term is None or getattr(term, "nonnegative", False)):
+            return None
+        if jacobian.matrix is not None:
+            wide = 2 * outer.shape[0] > self.shape[0]
+            return None if wide else (outer, jacobian.matrix)
+        if (
+            isinstance(jacobian, Diagonal)
+            and isinstance(outer, NarrowCongruence)
+            and outer.term is None
+        ):
+            factors = outer._narrow_factors()
+            return factors and (factors[0], jacobian.jvp(factors[1]))
+        return None
+
+
 class FastBatch(Batch):
-    """The samples of this process, whose gradients are likely to be those of the batch."""
+    """The samples of this process, whose gradients are likely those of the batch."""
+
+    def congruence(
+        self, J: Jacobian, H: SymmetricOperator, term: SymmetricOperator | None
+    ) -> SymmetricOperator:
+        found = super().congruence(J, H, term)
+        return NarrowCongruence(H, J, term) if type(found) is Congruence else found
 
     def weight_block(
         self, H: SymmetricOperator, x: Tensor, delta: Tensor | None

@@ -1,7 +1,7 @@
 """Conjugate gradients, and the Newton-style optimizer that uses them."""
 
-from hbp.core.cg import CGResult as CGResult
-from hbp.core.cg import cg as cg
 from hbp.core.newton import CGNewton as CGNewton
 from hbp.core.newton import StepInfo as StepInfo
 from hbp.damping import LevenbergMarquardt as LevenbergMarquardt
+from hbp.solve import CGResult as CGResult
+from hbp.solve import cg as cg

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from .jacobians import Chain, Jacobian, Rearrangement, Sum
 from .module import HBPModule, Reading
-from .operators import DenseOperator, OperatorSum, SymmetricOperator, ZeroOperator
+from .operators import DenseOperator, OperatorSum, ZeroOperator
+from .operators import SymmetricOperator as Operator
 
 
 class HBPSequential(HBPModule, nn.Sequential):
@@ -19,18 +22,16 @@ class HBPSequential(HBPModule, nn.Sequential):
     """
 
     def pull_back(
-        self, H: SymmetricOperator, reading: Reading, further: bool
-    ) -> SymmetricOperator | None:
-        hessian: SymmetricOperator | None = H
+        self, H: Operator, reading: Reading, further: bool
+    ) -> Operator | None:
+        hessian: Operator | None = H
         children = self._checked_children()
-        lowest = 0
-        while (
-            not further and lowest < len(children) and not _is_trained(children[lowest])
-        ):
-            lowest += 1
-        for i in reversed(range(lowest, len(children))):
+        while children and not (further or _is_trained(children[0])):
+            del children[0]
+        for child in reversed(children):
             assert hessian is not None
-            hessian = children[i].pull_back(hessian, reading, further or i > lowest)
+            below = further or child is not children[0]
+            hessian = child.pull_back(hessian, reading, below)
         return hessian if further else None
 
     def jacobian(self) -> Jacobian:
@@ -75,15 +76,13 @@ class HBPResidual(HBPModule):
 
     def __init__(self, branch: HBPModule, shortcut: HBPModule | None = None) -> None:
         super().__init__()
-        for name, module in [("branch", branch), ("shortcut", shortcut)]:
-            optional = name == "shortcut" and module is None
-            if not (isinstance(module, HBPModule) or optional):
+        for name, module in [("branch", branch), ("shortcut", shortcut or branch)]:
+            if not isinstance(module, HBPModule):
                 raise TypeError(
                     f"{name} is {module}, which sends no curvature backward. Use HBP "
                     "layers, or convert(model)."
                 )
-        self.branch = branch
-        self.shortcut = shortcut
+        self.branch, self.shortcut = branch, shortcut
 
     def forward(self, input: Tensor) -> Tensor:
         """z = t(x) + s(x), [N, ...] → [N, ...].
@@ -115,8 +114,8 @@ class HBPResidual(HBPModule):
         return self.record(input, through + past, keep=None, with_gradient=False)
 
     def pull_back(
-        self, H: SymmetricOperator, reading: Reading, further: bool
-    ) -> SymmetricOperator | None:
+        self, H: Operator, reading: Reading, further: bool
+    ) -> Operator | None:
         _require_distinct(self)
         self._require_usable(H, reading)
         for path in self._paths:
@@ -128,22 +127,16 @@ class HBPResidual(HBPModule):
     def _paths(self) -> list[HBPModule]:
         return [self.branch] + ([] if self.shortcut is None else [self.shortcut])
 
-    def input_hessian(
-        self, H: SymmetricOperator, reading: Reading
-    ) -> SymmetricOperator:
+    def input_hessian(self, H: Operator, reading: Reading) -> Operator:
         if not reading.samples and _averages_products(self):
             return self._averaged_product(H, reading)
         # The paths are linear maps; for H = 0 they send back second-order terms.
         sent = self._sent_back(ZeroOperator(H.shape[0], H), reading)
-        terms = [term for term in sent if not isinstance(term, ZeroOperator)]
-        first = reading.through(H, self.jacobian(), self)
-        if isinstance(first, ZeroOperator):
-            return OperatorSum(terms) if terms else first
-        return OperatorSum([first, *terms]) if terms else first
+        first = reading.through(H, self.jacobian(), self, True, None)
+        terms = [t for t in (first, *sent) if not isinstance(t, ZeroOperator)]
+        return OperatorSum(terms) if len(terms) > 1 else (terms or [first])[0]
 
-    def _averaged_product(
-        self, H: SymmetricOperator, reading: Reading
-    ) -> SymmetricOperator:
+    def _averaged_product(self, H: Operator, reading: Reading) -> Operator:
         """E[JᵀHJ] of each path, and what couples them."""
         terms = self._sent_back(H, reading)
         if self.shortcut is None:
@@ -153,11 +146,9 @@ class HBPResidual(HBPModule):
         # Its products take three of H_z, nine below the next shortcut, and so on.
         return DenseOperator(total.to_dense()) if total.fits else total
 
-    def _sent_back(
-        self, H: SymmetricOperator, reading: Reading
-    ) -> list[SymmetricOperator]:
+    def _sent_back(self, H: Operator, reading: Reading) -> list[Operator]:
         """H_x of each path; the parameters have their blocks already."""
-        detour = reading.detour()
+        detour = replace(reading, blocks={})
         sent = [path.pull_back(H, detour, True) for path in self._paths]
         return [hessian for hessian in sent if hessian is not None]
 
@@ -170,10 +161,10 @@ class HBPResidual(HBPModule):
         return Sum(branch, past, *shapes)
 
 
-class _CrossTerms(SymmetricOperator):
+class _CrossTerms(Operator):
     """AᵀHB + BᵀHA, by which (A + B)ᵀH(A + B) exceeds AᵀHA + BᵀHB; see eq-skip."""
 
-    def __init__(self, H: SymmetricOperator, J: Sum) -> None:
+    def __init__(self, H: Operator, J: Sum) -> None:
         super().__init__(J.in_size, H, [*J.reads, *H.reads])
         self._H, self._A, self._B = H, J.first, J.second
 
@@ -211,7 +202,7 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_trained(module: nn.Module) -> bool:
-    return any([p.requires_grad for p in module.parameters()])
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _averages_products(module: nn.Module) -> bool:

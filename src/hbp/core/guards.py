@@ -11,11 +11,8 @@ from typing import Final, TypeGuard
 import torch
 from torch import Tensor
 
-_AUTOCAST_KINDS: Final = tuple(
-    kind
-    for kind in ("cpu", "cuda", "mps", "xpu")
-    if torch.amp.is_autocast_available(kind)
-)
+_KINDS = filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu"))
+AUTOCAST_KINDS: Final = tuple(_KINDS)
 
 
 @contextmanager
@@ -27,7 +24,7 @@ def full_precision() -> Iterator[None]:
     work autocast is off: conjugate gradients need more digits than these types have.
     """
     with ExitStack() as stack:
-        for kind in _AUTOCAST_KINDS:
+        for kind in AUTOCAST_KINDS:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
@@ -65,8 +62,7 @@ def require_floats(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor.")
     if not value.is_floating_point():
         raise ValueError(
-            f"{name} is {value.dtype}; it must have a floating-point dtype. Convert it "
-            "with .float()."
+            f"{name} is {value.dtype}; convert it to a floating-point dtype: .float()."
         )
     if value.layout != torch.strided or value.is_meta:
         raise ValueError(

@@ -30,22 +30,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import singledispatch
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .operators import (
-    Congruence,
-    DenseOperator,
-    KroneckerBlock,
-    Repeated,
-    SymmetricOperator,
-    Watched,
-)
-
-T = TypeVar("T")
+from .operators import Congruence, DenseOperator, KroneckerBlock, Repeated, Watched
+from .operators import SymmetricOperator as Operator
 
 
 class Batch:
@@ -55,7 +47,7 @@ class Batch:
     to the same numbers, is a subclass of this; see ``as_batch``.
     """
 
-    def read(self, passage: Callable[[Batch], T]) -> T:
+    def read(self, passage: Callable[[Batch], Any]) -> Any:
         """Run a Hessian pass, a function of the batch that it is to ask."""
         return passage(self)
 
@@ -71,21 +63,23 @@ class Batch:
         """Σ of what carries the 1/N of a mean loss, [N, ...] → [1, ...]."""
         return _sum(values)
 
-    def samples(self, values: Tensor) -> Tensor:
-        """What differs between samples, of all samples of the batch, [N, ...]."""
-        return values
+    def of_all(self, J: Jacobian) -> Jacobian:
+        """J of all samples of the batch, from that of the samples of this process."""
+        return J
 
-    def output_hessian(self, H: SymmetricOperator) -> SymmetricOperator:
+    def output_hessian(self, H: Operator) -> Operator:
         """H̄ of the batch, from that of the loss of this process."""
         return H
 
-    def exact_block(self, block: SymmetricOperator) -> SymmetricOperator:
+    def exact_block(self, block: Operator) -> Operator:
         """The exact block of the batch, from that of the samples of this process."""
         return block
 
-    def weight_block(
-        self, H: SymmetricOperator, x: Tensor, delta: Tensor | None
-    ) -> SymmetricOperator:
+    def congruence(self, J: Jacobian, H: Operator, term: Operator | None) -> Operator:
+        """JᵀHJ + R of one virtual sample."""
+        return J.congruence(H, term)
+
+    def weight_block(self, H: Operator, x: Tensor, delta: Tensor | None) -> Operator:
         """H ⊗ E[xxᵀ] from x, [N, in]; gradients may be δᵀx, δ = ∂loss/∂z, [N, out]."""
         return KroneckerBlock(H, x, 1 / len(x))
 
@@ -106,14 +100,8 @@ def as_batch(source: object) -> Batch:
     )
 
 
-@as_batch.register(type(None))
-def _own_samples(_: None) -> Batch:
-    return Batch()
-
-
-@as_batch.register(Batch)
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+as_batch.register(type(None), lambda _: Batch())
+as_batch.register(Batch, lambda batch: batch)
 
 
 class Jacobian:
@@ -130,13 +118,12 @@ class Jacobian:
     Attributes:
         in_size: Entries of what ``jvp`` takes.
         out_size: Entries of what ``jvp`` returns.
-        matrix: J itself, [z, x], where it is at hand; else None.
-        is_diagonal: Whether J is diagonal.
+        matrix: W, where z = Wx for every sample.
         parts: What J is made of, if it is made of others.
     """
 
     of_parameter = False
-    is_diagonal = False
+    matrix: Tensor | None = None
     parts: Sequence[Jacobian] = ()
     data: Any
 
@@ -152,10 +139,6 @@ class Jacobian:
         self.samples, self.data, self.reads = samples, data, reads
         self.in_size = self.in_shape.numel() * (1 if self.of_parameter else samples)
         self.out_size = self.out_shape.numel() * samples
-
-    @property
-    def matrix(self) -> Tensor | None:
-        return None
 
     def jvp(self, rows: Tensor) -> Tensor:
         """J v for each row v, [k, in_size] → [k, out_size]."""
@@ -177,23 +160,15 @@ class Jacobian:
         """E[J], of one virtual sample."""
         return self.with_data(None if self.data is None else batch.mean(self.data), 1)
 
-    def of_all(self, batch: Batch) -> Jacobian:
-        """J of all samples of the batch, also of those that other processes have."""
-        if self.data is None or (data := batch.samples(self.data)) is self.data:
-            return self
-        return self.with_data(data, len(data))
-
-    def congruence(
-        self, H: SymmetricOperator, term: SymmetricOperator | None = None
-    ) -> SymmetricOperator:
+    def congruence(self, H: Operator, term: Operator | None = None) -> Operator:
         """JᵀHJ + R: what all three readings end in."""
         return Congruence(H, self, term)
 
     def mean_congruence(
-        self, H: SymmetricOperator, term: SymmetricOperator | None, batch: Batch
-    ) -> SymmetricOperator:
+        self, H: Operator, term: Operator | None, batch: Batch
+    ) -> Operator:
         """E[JᵀHJ] + R: every sample gets 1/N of H, and its own J; eq-averaging."""
-        each = self.of_all(batch)
+        each = batch.of_all(self)
         path: Jacobian = each
         if not self.of_parameter:
             path = Chain([Spread(self.in_shape, self.in_shape, each.samples), each])
@@ -204,34 +179,32 @@ class SharedJacobian(Jacobian):
     """One J for every sample: averaging it, or products with it, is the same."""
 
     def mean_congruence(
-        self, H: SymmetricOperator, term: SymmetricOperator | None, batch: Batch
-    ) -> SymmetricOperator:
+        self, H: Operator, term: Operator | None, batch: Batch
+    ) -> Operator:
         return self.mean(batch).congruence(H, term)
 
 
 class Matrix(SharedJacobian):
     """z = Wx by a weight, [z, x], that is read and not copied."""
 
+    matrix: Tensor
+
     def __init__(self, W: Tensor, samples: int) -> None:
         reads = [Watched(W, "A weight")]
         super().__init__(W.shape[1:], W.shape[:1], samples, reads=reads)
-        self.W = W.detach()
-
-    @property
-    def matrix(self) -> Tensor | None:
-        return self.W if self.samples == 1 else None
+        self.matrix = W.detach()
 
     def jvp(self, rows: Tensor) -> Tensor:
-        return (rows.reshape(-1, self.W.shape[1]) @ self.W.T).reshape(len(rows), -1)
+        each = rows.reshape(-1, self.matrix.shape[1])
+        return (each @ self.matrix.T).reshape(len(rows), -1)
 
     def vjp(self, rows: Tensor) -> Tensor:
-        return (rows.reshape(-1, self.W.shape[0]) @ self.W).reshape(len(rows), -1)
+        each = rows.reshape(-1, self.matrix.shape[0])
+        return (each @ self.matrix).reshape(len(rows), -1)
 
 
 class Diagonal(Jacobian):
     """z = d ⊙ x; ``data`` is d, [N, ...]."""
-
-    is_diagonal = True
 
     def __init__(self, d: Tensor) -> None:
         super().__init__(d.shape[1:], d.shape[1:], len(d), d)
@@ -242,8 +215,8 @@ class Diagonal(Jacobian):
     vjp = jvp
 
     def mean_congruence(
-        self, H: SymmetricOperator, term: SymmetricOperator | None, batch: Batch
-    ) -> SymmetricOperator:
+        self, H: Operator, term: Operator | None, batch: Batch
+    ) -> Operator:
         """E[ddᵀ] ⊙ H, where that fits; eq-averaging."""
         if not H.fits:
             return super().mean_congruence(H, term, batch)
@@ -299,73 +272,52 @@ class Rearrangement(SharedJacobian):
 
     vjp = jvp
 
-    def congruence(
-        self, H: SymmetricOperator, term: SymmetricOperator | None = None
-    ) -> SymmetricOperator:
+    def congruence(self, H: Operator, term: Operator | None = None) -> Operator:
         return H if term is None else super().congruence(H, term)
 
 
 class Selection(Jacobian):
-    """z_o = x_(index o), with picks of its own for each sample: a maximum.
+    """z_o = Σ_j a_j x_(index oj): picks that differ between samples, as for a maximum.
 
     Args:
-        index: Which feature of x each feature of z is, [N, z].
-        places: Among which features of x it chooses, [z, K]; -1 where there is none.
+        index: Features of x, for each feature of z, [N, z, picks].
+        weight: a; the ones of a mean are [z, picks].
+        places: Among which features of x each one of z chooses, [z, K]; -1 for none.
         in_shape: As in ``Jacobian``, like the next.
         out_shape: See ``in_shape``.
-        dtype: That of x.
     """
 
     def __init__(
         self,
         index: Tensor,
+        weight: Tensor,
         places: Tensor,
         in_shape: Sequence[int],
         out_shape: Sequence[int],
-        dtype: torch.dtype,
     ) -> None:
         super().__init__(in_shape, out_shape, len(index), index)
-        self._places, self._dtype = places, dtype
+        self._weight, self._places = weight, places
 
     def _picks(self) -> Tensor:
-        """The index among the features of all samples, [samples · z]."""
+        """The index among the features of all samples, [samples · z, picks]."""
         starts = torch.arange(self.samples, device=self.data.device)
-        return (self.data + starts[:, None] * self.in_shape.numel()).flatten()
+        starts = starts.view(-1, 1, 1) * self.in_shape.numel()
+        return (self.data + starts).flatten(0, 1)
 
     def jvp(self, rows: Tensor) -> Tensor:
-        return rows[:, self._picks()]
-
-    def vjp(self, rows: Tensor) -> Tensor:
-        x = rows.new_zeros(len(rows), self.in_size)
-        return x.index_add_(1, self._picks(), rows)
-
-    def mean(self, batch: Batch) -> Jacobian:
-        """E[J]: how often each place of a window was chosen."""
-        counts = (self.data[:, :, None] == self._places).sum(0)
-        share = batch.mean_of_sum(counts.to(self._dtype), self.samples)
-        return _Shares(self._places.clamp(min=0), share, self.in_shape, self.out_shape)
-
-
-class _Shares(Jacobian):
-    """z_o = Σ_j a_oj x_(index oj), of one virtual sample: the mean of selections."""
-
-    def __init__(
-        self,
-        index: Tensor,
-        weight: Tensor,
-        in_shape: Sequence[int],
-        out_shape: Sequence[int],
-    ) -> None:
-        super().__init__(in_shape, out_shape, 1)
-        self._index, self._weight = index, weight
-
-    def jvp(self, rows: Tensor) -> Tensor:
-        return (rows[:, self._index] * self._weight).sum(2)
+        return (rows[:, self._picks()] * self._weight).sum(2)
 
     def vjp(self, rows: Tensor) -> Tensor:
         spread = (rows[:, :, None] * self._weight).flatten(1)
         x = rows.new_zeros(len(rows), self.in_size)
-        return x.index_add_(1, self._index.flatten(), spread)
+        return x.index_add_(1, self._picks().flatten(), spread)
+
+    def mean(self, batch: Batch) -> Jacobian:
+        """E[J]: how often each place was picked; of single picks."""
+        counts = (self.data == self._places).sum(0).to(self._weight)
+        share = batch.mean_of_sum(counts, self.samples)
+        index, shapes = self._places.clamp(min=0)[None], (self.in_shape, self.out_shape)
+        return Selection(index, share, self._places, *shapes)
 
 
 class Weight(Jacobian):
@@ -394,24 +346,16 @@ class Weight(Jacobian):
         outputs = rows.reshape(len(rows), self.samples, -1)
         return (outputs.mT @ self.data).flatten(1)
 
-    def mean(self, batch: Batch) -> Jacobian:
-        return _MeanWeight(batch.mean(self.data), self.in_shape[0])
+    def congruence(self, H: Operator, term: Operator | None = None) -> Operator:
+        """Of one sample, H ⊗ xxᵀ."""
+        one = self.samples == 1
+        return KroneckerBlock(H, self.data) if one else super().congruence(H, term)
 
     def mean_congruence(
-        self, H: SymmetricOperator, term: SymmetricOperator | None, batch: Batch
-    ) -> SymmetricOperator:
+        self, H: Operator, term: Operator | None, batch: Batch
+    ) -> Operator:
         """H ⊗ E[xxᵀ]."""
         return batch.weight_block(H, self.data, self._delta)
-
-
-class _MeanWeight(Weight):
-    """∂z/∂W at x̄."""
-
-    def congruence(
-        self, H: SymmetricOperator, term: SymmetricOperator | None = None
-    ) -> SymmetricOperator:
-        """H ⊗ x̄x̄ᵀ."""
-        return KroneckerBlock(H, self.data)
 
 
 class Bias(SharedJacobian):
@@ -433,9 +377,7 @@ class Bias(SharedJacobian):
     def vjp(self, rows: Tensor) -> Tensor:
         return rows.reshape(len(rows), self.samples, self.in_size, -1).sum((1, 3))
 
-    def congruence(
-        self, H: SymmetricOperator, term: SymmetricOperator | None = None
-    ) -> SymmetricOperator:
+    def congruence(self, H: Operator, term: Operator | None = None) -> Operator:
         """H itself where the map is the identity."""
         return H if self.in_size == self.out_size else super().congruence(H, term)
 
@@ -522,9 +464,6 @@ class Chain(Jacobian):
     def mean(self, batch: Batch) -> Jacobian:
         return Chain([step.mean(batch) for step in self.steps])
 
-    def of_all(self, batch: Batch) -> Jacobian:
-        return Chain(_of_as_many([step.of_all(batch) for step in self.steps]))
-
 
 class Sum(Jacobian):
     """J₁ + J₂: two paths from x, of ``in_shape``, to z, of ``out_shape``."""
@@ -551,12 +490,6 @@ class Sum(Jacobian):
     def mean(self, batch: Batch) -> Sum:
         paths = self.first.mean(batch), self.second.mean(batch)
         return Sum(*paths, self.in_shape, self.out_shape, 1)
-
-
-def _of_as_many(steps: Sequence[Jacobian]) -> list[Jacobian]:
-    """Steps without data follow those that have been given more samples."""
-    most = max((step.samples for step in steps), default=1)
-    return [s if s.samples == most else s.with_data(s.data, most) for s in steps]
 
 
 def _sum(values: Tensor) -> Tensor:

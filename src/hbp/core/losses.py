@@ -18,7 +18,6 @@ from torch.autograd.graph import GradientEdge
 
 from .guards import full_precision, is_narrow, require_floats
 
-
 Places = Sequence[Tensor] | Sequence[GradientEdge]
 
 
@@ -48,7 +47,7 @@ def batch_summed_hessian(
         RuntimeError: the graph of ``loss`` is gone.
         ArithmeticError: the loss or the Hessian has NaN or infinity.
     """
-    return require_finite(_hessian_rows(loss, outputs, at).sum(1))
+    return _hessian_rows(loss, outputs, at).sum(1)
 
 
 def per_sample_hessian(
@@ -62,8 +61,7 @@ def per_sample_hessian(
     Returns:
         ∂²loss/∂z_n∂z_nᵀ, [N, C, C]. Of a mean loss each carries the 1/N.
     """
-    rows = _hessian_rows(loss, outputs, at)
-    return require_finite(rows.transpose(0, 1).contiguous())
+    return _hessian_rows(loss, outputs, at).transpose(0, 1).contiguous()
 
 
 @torch.enable_grad()
@@ -93,7 +91,7 @@ def _hessian_rows(loss: Tensor, outputs: Tensor, at: Places | None) -> Tensor:
             hessian = hessian + row.detach().to(hessian).reshape(hessian.shape)
     if is_narrow(gradient.dtype):  # Its roundings are not symmetric.
         hessian = (hessian + hessian.transpose(0, 2)) / 2
-    return hessian
+    return require_finite(hessian)
 
 
 def _gradient(loss: Tensor, places: Places) -> Tensor:
@@ -119,9 +117,9 @@ def check_outputs(outputs: Tensor) -> None:
     """Raise unless it is a batch of at least one sample."""
     require_floats("outputs", outputs)
     if outputs.dim() == 0 or len(outputs) == 0:
+        shape = f"outputs has shape {list(outputs.shape)}"
         raise ValueError(
-            f"outputs has shape {list(outputs.shape)}; a batch [N, ...] with at least "
-            "one sample is needed."
+            f"{shape}; a batch [N, ...] with at least one sample is needed."
         )
 
 
@@ -135,10 +133,8 @@ def _check_loss(loss: Tensor, outputs: Tensor) -> None:
     require_floats("loss", loss)
     check_outputs(outputs)
     if not bool(loss.isfinite()):
-        raise ArithmeticError(
-            f"loss is {float(loss.detach())}. Check the inputs, or lower the learning "
-            "rate."
-        )
+        number = float(loss.detach())
+        raise ArithmeticError(f"loss is {number}. Check inputs and learning rate.")
     if not loss.requires_grad or not outputs.requires_grad:
         raise ValueError(
             "loss and outputs need a graph: compute outputs = model(inputs) and loss = "

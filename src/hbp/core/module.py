@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import signature
 from itertools import chain
 from typing import Any, Final
@@ -35,13 +35,8 @@ from torch import Tensor, nn
 
 from .guards import full_precision, is_narrow, is_number
 from .jacobians import Batch, Jacobian, as_batch
-from .operators import (
-    DiagonalOperator,
-    SampleBlocks,
-    SymmetricOperator,
-    ZeroOperator,
-    as_operator,
-)
+from .operators import DiagonalOperator, SampleBlocks, ZeroOperator, as_operator
+from .operators import SymmetricOperator as Operator
 
 Modify = Callable[[Tensor], Tensor]
 """mod: the eigenvalues of a second-order term, modified."""
@@ -72,32 +67,30 @@ class Reading:
     nonnegative: bool
     samples: int | None
     batch: Batch
-    blocks: dict[Tensor, SymmetricOperator] = field(default_factory=dict)
+    blocks: dict[Tensor, Operator] = field(default_factory=dict)
     statistics: list[tuple[Tensor, str, nn.Module]] = field(default_factory=list)
 
     def through(
-        self,
-        H: SymmetricOperator,
-        J: Jacobian,
-        layer: HBPModule,
-        average: bool = True,
-        term: SymmetricOperator | None = None,
-    ) -> SymmetricOperator:
+        self, H: Operator, J: Jacobian, of: HBPModule, average: bool, R: Operator | None
+    ) -> Operator:
         """JᵀHJ + R as the batch is read: exact, E[J]ᵀ H E[J] + R, or E[JᵀHJ] + R."""
         if isinstance(H, ZeroOperator):
             features = J.in_shape.numel() * (self.samples or 1)
-            return ZeroOperator(features, H) if term is None else term
-        if average and not self.samples:
+            return ZeroOperator(features, H) if R is None else R
+        averaged = average and not self.samples
+        if averaged:
             J = J.mean(self.batch)
         for part in J.parts or (J,):
             if part.data is not None and part.data.is_floating_point():
                 what = "input" if part.of_parameter else "derivative"
-                self.statistics.append((part.data, what, layer))
-        if average or self.samples:
-            return J.congruence(H, term)
-        return J.mean_congruence(H, term, self.batch)
+                self.statistics.append((part.data, what, of))
+        if averaged:
+            return self.batch.congruence(J, H, R)
+        if self.samples:
+            return J.congruence(H, R)
+        return J.mean_congruence(H, R, self.batch)
 
-    def term(self, second_order: Tensor, layer: HBPModule) -> SymmetricOperator:
+    def term(self, second_order: Tensor, layer: HBPModule) -> Operator:
         """mod(diag(Σ_k ∇²z_k δ_k)), from [N, ...]; averaged: summed, then modified."""
         assert self.modify is not None
         total = self.totalled(second_order, layer)
@@ -109,10 +102,6 @@ class Reading:
         self.statistics.append((total, "second-order term", layer))
         return total
 
-    def detour(self) -> Reading:
-        """The same reading, for a passage that leaves nothing on the parameters."""
-        return replace(self, blocks={})
-
     def require_finite(self) -> None:
         """Raise ArithmeticError if a statistic contains NaN or infinity.
 
@@ -121,10 +110,8 @@ class Reading:
         if not self.statistics:
             return
         norm = torch.linalg.vector_norm
-        largest = torch.stack([norm(t, math.inf) for t, _, _ in self.statistics])
-        for size, (_, what, layer) in zip(
-            largest.tolist(), self.statistics, strict=True
-        ):
+        sizes = torch.stack([norm(t, math.inf) for t, _, _ in self.statistics]).tolist()
+        for size, (_, what, layer) in zip(sizes, self.statistics, strict=True):
             if not math.isfinite(size):
                 raise ArithmeticError(
                     f"The {what} of {layer} contains NaN or infinity. Check the "
@@ -138,11 +125,11 @@ class Record:
     Tensors are kept by reference, without their graph. Half precision is widened.
 
     Args:
-        input: x, [N, ...].
-        output: z, [N, ...].
+        layer: Whose parameters and buffers are to stay as they are.
+        x: [N, ...].
+        z: [N, ...].
         keep: The one of them that the layer's rules need, or None.
-        state: The layer's own parameters and buffers.
-        with_gradient: Whether to keep δ, and to insist on it.
+        delta: Whether to keep δ, and to insist on it.
 
     Attributes:
         input_shape: [N, ...] of x.
@@ -154,26 +141,22 @@ class Record:
     """
 
     def __init__(
-        self,
-        input: Tensor,
-        output: Tensor,
-        keep: Tensor | None,
-        state: Iterable[Tensor],
-        with_gradient: bool,
+        self, layer: nn.Module, x: Tensor, z: Tensor, keep: Tensor | None, delta: bool
     ) -> None:
-        self.input_shape, self.output_shape = input.shape, output.shape
-        self.kind = torch.promote_types(output.dtype, torch.float32), output.device
+        self.input_shape, self.output_shape = x.shape, z.shape
+        self.kind = torch.promote_types(z.dtype, torch.float32), z.device
         self.output_gradient: Tensor | None = None
         self.keeps = keep is not None
         if keep is not None:
             self._kept, self._version = keep.detach(), keep._version
-        self._state = [(tensor, tensor._version) for tensor in state]
+        own = chain(layer.parameters(recurse=False), layer.buffers(recurse=False))
+        self._state = [(tensor, tensor._version) for tensor in own]
         self._accumulated = False
         # The layer's next forward pass is told if the gradient of this one comes late.
         self.successor: weakref.ref[Record] | None = None
-        self._expects_gradient = with_gradient and output.requires_grad
+        self._expects_gradient = delta and z.requires_grad
         if self._expects_gradient:
-            output.register_hook(self._save_output_gradient)
+            z.register_hook(self._save_output_gradient)
 
     def _save_output_gradient(self, gradient: Tensor) -> None:
         """Tensor hook on z. Only a plain ``loss.backward()`` counts.
@@ -272,12 +255,14 @@ class HBPModule(nn.Module):
     Attributes:
         last_record: What the latest forward pass with gradients enabled has left.
         schemes: Which of the two choices of ``set_hbp_approximation`` matter here.
+        input_dimensions: How many x must have, samples included; None for any.
     """
 
     last_record: Record
     average_input_jacobian = True
     average_parameter_jacobian = True
     schemes: Sequence[str] = ()
+    input_dimensions: int | None = None
     set_hbp_blocks: Callable[..., None]  # hbp.blocks gives it.
 
     # --- The rules of a layer, for every sample. --------------------------------------
@@ -306,6 +291,13 @@ class HBPModule(nn.Module):
                 "outputs = model(inputs) with gradients enabled first."
             )
         self.last_record.require_usable(self)
+        shape, wanted = self.last_record.input_shape, self.input_dimensions
+        if wanted not in (None, len(shape)):
+            raise ValueError(
+                f"{self} got an input of shape {list(shape)}. Its curvature rules need "
+                f"a batch dimension, and {wanted} dimensions in all: unsqueeze(0) one "
+                "sample, flatten what is between into the batch."
+            )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Tell the author of a layer for hbp 0.1 what to change."""
@@ -313,22 +305,22 @@ class HBPModule(nn.Module):
         for rule in ("jacobian", "second_order", "parameter_jacobians"):
             if "hessian_pass" in signature(getattr(cls, rule)).parameters:
                 raise TypeError(
-                    f"{cls.__name__}.{rule} takes a hessian_pass, but rules speak of "
-                    "every sample now. Drop the argument (second_order takes J) and "
-                    "return a map of hbp.core.jacobians of all N samples, or a tensor "
-                    "[N, ...], without averaging; see the page Write a layer."
+                    f"{cls.__name__}.{rule} takes a hessian_pass, but a rule speaks of "
+                    "every sample now, and averages nothing: jacobian(self) and "
+                    "parameter_jacobians(self) return maps of hbp.core.jacobians, "
+                    "second_order(self, J) [N, ...]. See the page Write a layer."
                 )
 
     # --- The pass. --------------------------------------------------------------------
 
     def backward_hessian(
         self,
-        output_hessian: Tensor | SymmetricOperator,
+        output_hessian: Tensor | Operator,
         compute_input_hessian: bool = False,
         modify_2nd_order_terms: str | None = None,
         process_group: object = None,
         loss_scale: float = 1.0,
-    ) -> SymmetricOperator | None:
+    ) -> Operator | None:
         """Send curvature backward through this module.
 
         Call it after ``loss.backward()``. It sets ``p.hessian`` on every parameter
@@ -368,19 +360,16 @@ class HBPModule(nn.Module):
                 group failed.
             ArithmeticError: what was recorded contains NaN or infinity.
         """
-        if not isinstance(compute_input_hessian, bool):
-            raise TypeError(
-                f"compute_input_hessian={compute_input_hessian!r} must be True or "
-                "False."
-            )
+        if not isinstance(further := compute_input_hessian, bool):
+            raise TypeError(f"compute_input_hessian={further!r} must be True or False.")
         modify = _treatment(modify_2nd_order_terms, loss_scale)
 
-        def passage(batch: Batch) -> tuple[SymmetricOperator | None, Reading]:
+        def passage(batch: Batch) -> tuple[Operator | None, Reading]:
             H = batch.output_hessian(as_operator(output_hessian))
             samples = len(H.matrices) if isinstance(H, SampleBlocks) else None
             nonnegative = modify_2nd_order_terms not in (None, "none")
             reading = Reading(modify, nonnegative, samples, batch)
-            input_hessian = self.pull_back(H, reading, compute_input_hessian)
+            input_hessian = self.pull_back(H, reading, further)
             reading.require_finite()
             return input_hessian, reading
 
@@ -391,42 +380,37 @@ class HBPModule(nn.Module):
         return input_hessian
 
     def pull_back(
-        self, H: SymmetricOperator, reading: Reading, further: bool
-    ) -> SymmetricOperator | None:
+        self, H: Operator, reading: Reading, further: bool
+    ) -> Operator | None:
         """H_x if it goes ``further``; the parameters' blocks go to ``reading``."""
         self._require_usable(H, reading)
         for parameter, J in list(self.parameter_jacobians()):
             self._require_fit("parameter_jacobians", J, parameter.numel())
             if parameter.requires_grad:
-                block = reading.through(H, J, self, self.average_parameter_jacobian)
+                average = self.average_parameter_jacobian
+                block = reading.through(H, J, self, average, None)
                 if reading.samples:
                     block = reading.batch.exact_block(block)
                 reading.blocks[parameter] = self.structure(block, parameter)
         return self.input_hessian(H, reading) if further else None
 
-    def input_hessian(
-        self, H: SymmetricOperator, reading: Reading
-    ) -> SymmetricOperator:
+    def input_hessian(self, H: Operator, reading: Reading) -> Operator:
         """H_x = JᵀH_z J + mod(…), as the batch is read."""
         J = self.jacobian()
         self._require_fit("jacobian", J, self.last_record.input_shape.numel())
-        term = None if reading.modify is None else self.second_order_term(J, reading)
-        return reading.through(H, J, self, self.average_input_jacobian, term)
+        R = None if reading.modify is None else self.second_order_term(J, reading)
+        return reading.through(H, J, self, self.average_input_jacobian, R)
 
-    def second_order_term(
-        self, J: Jacobian, reading: Reading
-    ) -> SymmetricOperator | None:
+    def second_order_term(self, J: Jacobian, reading: Reading) -> Operator | None:
         """mod(Σ_k ∇²z_k δ_k), as the batch is read; None for 0."""
         second_order = self.second_order(J)
         return None if second_order is None else reading.term(second_order, self)
 
-    def structure(
-        self, block: SymmetricOperator, parameter: Tensor
-    ) -> SymmetricOperator:
+    def structure(self, block: Operator, parameter: Tensor) -> Operator:
         """What becomes of a parameter's block. ``hbp.blocks`` sets it, to split it."""
         return block
 
-    def _require_usable(self, H: SymmetricOperator, reading: Reading) -> None:
+    def _require_usable(self, H: Operator, reading: Reading) -> None:
         """Raise unless there is a record that ``H`` fits."""
         self.check_record()
         record = self.last_record
@@ -464,13 +448,9 @@ class HBPModule(nn.Module):
     # --- What is remembered. ----------------------------------------------------------
 
     def record(
-        self,
-        input: Tensor,
-        output: Tensor,
-        keep: Tensor | None,
-        with_gradient: bool = True,
+        self, x: Tensor, z: Tensor, keep: Tensor | None, with_gradient: bool = True
     ) -> Tensor:
-        """Remember this forward pass and return ``output``.
+        """Remember this forward pass and return z.
 
         Nothing is remembered without gradients, nor where the tensors mean nothing
         outside: in ``torch.func``, ``torch.fx`` and ``torch.export``. In a model under
@@ -478,8 +458,8 @@ class HBPModule(nn.Module):
         tensors of this very pass.
 
         Args:
-            input: x, [N, ...].
-            output: z, [N, ...].
+            x: The input, [N, ...].
+            z: The output, [N, ...].
             keep: The one of them that the layer's rules need, or None.
             with_gradient: ``False`` for a layer whose z is a view of x. It has no use
                 for δ, and autograd drops the hook if z is then changed in place.
@@ -488,20 +468,19 @@ class HBPModule(nn.Module):
             remember = self._remember
             if torch.compiler.is_compiling():
                 remember = torch.compiler.disable(remember)
-            remember(input, output, keep, with_gradient)
-        return output
+            remember(x, z, keep, with_gradient)
+        return z
 
     def _remember(
-        self, input: Tensor, output: Tensor, keep: Tensor | None, with_gradient: bool
+        self, x: Tensor, z: Tensor, keep: Tensor | None, with_gradient: bool
     ) -> None:
         # torch.fx passes proxies, torch.export tensors without values (it runs this
         # function itself; in a compiled model nobody compiles it). What torch.func
         # wraps is known by no public test.
-        stand_in = not isinstance(output, Tensor) or torch.compiler.is_compiling()
-        if stand_in or torch._C._functorch.is_functorch_wrapped_tensor(output):
+        stand_in = not isinstance(z, Tensor) or torch.compiler.is_compiling()
+        if stand_in or torch._C._functorch.is_functorch_wrapped_tensor(z):
             return
-        state = chain(self.parameters(recurse=False), self.buffers(recurse=False))
-        record = Record(input, output, keep, state, with_gradient)
+        record = Record(self, x, z, keep, with_gradient)
         if "last_record" in vars(self):
             self.last_record.successor = weakref.ref(record)
         self.last_record = record
@@ -564,12 +543,10 @@ class HBPModule(nn.Module):
 
     def extra_repr(self) -> str:
         """The options of the layer, and how it reads a batch."""
-        short = {
-            "average_input_jacobian": "avg_input_jac",
-            "average_parameter_jacobian": "avg_param_jac",
-        }
         parts = [super().extra_repr()]
-        parts += [f"{short[name]}: {getattr(self, name)}" for name in self.schemes]
+        for name in self.schemes:
+            short = name.replace("average", "avg").replace("parameter", "param")
+            parts.append(f"{short.removesuffix('obian')}: {getattr(self, name)}")
         if "structure" in vars(self):
             parts.append(str(self.structure))
         return ", ".join(filter(None, parts))

@@ -122,8 +122,6 @@ class CGNewton(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore an optimizer that was pickled, without its last step."""
         super().__setstate__(state)
-        for group in self.param_groups:  # older states have no such option
-            group.setdefault("trust_radius", None)
         self.last_step = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -270,9 +268,7 @@ def _equations(index: int, group: dict[str, Any]) -> list[_Equation]:
 def _curvature(p: Parameter, name: str) -> SymmetricOperator:
     """What ``p.hvp`` or ``p.hessian`` says, for a gradient that is dense."""
     if p.grad is not None and p.grad.is_sparse:
-        raise RuntimeError(
-            f"The gradient of {name} is sparse; CGNewton needs a dense one."
-        )
+        raise RuntimeError(f"The gradient of {name} is sparse; it must be dense.")
     if (product := getattr(p, "hvp", None)) is not None:
         return MatrixFree(product, p.numel(), p.dtype, p.device)
     if (hessian := getattr(p, "hessian", None)) is None:
@@ -315,19 +311,13 @@ def _info(
     overlap, descent = sum(overlaps), sum(descents)
     if not (math.isfinite(residual + norm) and margin > 1):
         raise ArithmeticError(f"No step was taken; {_blame(equation, margin, alpha)}")
-    undamped = math.nan
+    undamped, half = math.nan, lr * lr / 2
     if alpha < 1:  # ** raises where it overflows
         undamped = (descent - overlap - alpha * norm * norm) / (1 - alpha)
-    return StepInfo(
-        iterations=int(max(iterations)),
-        residual_norm=residual,
-        converged=bool(min(converged)),
-        negative_curvature=bool(max(bent)),
-        step_norm=norm,
-        predicted_decrease=(lr - lr * lr / 2) * descent + lr * lr / 2 * overlap,
-        undamped_decrease=lr * descent - lr * lr / 2 * undamped,
-        on_boundary=bool(max(left)),
-    )
+    decreases = (lr - half) * descent + half * overlap, lr * descent - half * undamped
+    done, is_bent, on_boundary = bool(min(converged)), bool(max(bent)), bool(max(left))
+    count = int(max(iterations))
+    return StepInfo(count, residual, done, is_bent, norm, *decreases, on_boundary)
 
 
 def _blame(equation: _Equation, margin: float, alpha: float) -> str:
@@ -338,18 +328,17 @@ def _blame(equation: _Equation, margin: float, alpha: float) -> str:
     if not margin > 1:
         return f"{name}: {singular(alpha)}"
     return (
-        f"the direction for {name} has NaN or infinity. Is its curvature finite? If it "
-        f"is singular, alpha={alpha} may be too small; a trust_radius bounds the "
-        "direction. Of a gradient above 1e19, float32 has no square: scale the loss, "
-        "or use .double()."
+        f"the direction for {name} has NaN or infinity. If its curvature is finite but "
+        f"singular, alpha={alpha} may be too small, or a trust_radius helps. Of a "
+        "gradient above 1e19, float32 has no square: scale the loss, or use .double()."
     )
 
 
-# --- Two solvers. Each returns d in coordinates, a margin that is above 1 if the matrix
-# --- is regular, and, for each row of the system, the numbers that _info takes apart. --
+# --- Two solvers. Each returns d in coordinates, a margin above 1 if the matrix is
+# --- regular, and for each row of the system the numbers that _info takes apart.
 
 _Facts = Sequence[Sequence[float]]
-_Solved = list[tuple[Tensor, float, _Facts]]
+_Solved = Sequence[tuple[Tensor, float, _Facts]]
 
 
 def _is_large(system: System) -> bool:
@@ -438,9 +427,7 @@ def _directly(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solve
         residual = alpha * y - system.rhs
         residual[:, :-1].add_(bent, alpha=1 - alpha)
         # Squares over- or underflow in float32 where a vector does not.
-        norms = [
-            torch.linalg.vector_norm(v, dtype=torch.float64) for v in (residual, y)
-        ]
+        norms = [torch.linalg.vector_norm(v.double()) for v in (residual, y)]
         solutions.append(y)
         columns += [*norms, (y.double() * system.rhs).sum(), margin.double()]
     numbers = torch.stack(columns).view(-1, 4).tolist()  # The host waits here.
@@ -466,9 +453,8 @@ def _check_options(options: dict[str, Any]) -> None:
     if not (is_number(lr) and 0 <= float(lr) < math.inf):
         raise ValueError(f"lr={lr!r} must be a finite number that is not negative.")
     check_alpha(options["alpha"])
-    check_cg_options(
-        options["cg_tol"], options["cg_atol"], options["cg_maxiter"], prefix="cg_"
-    )
+    cg = [options[f"cg_{name}"] for name in ("tol", "atol", "maxiter")]
+    check_cg_options(*cg, "cg_")
     # An array has no truth value; a comparison must not answer with its own error.
     if not (isinstance(solver, str) and solver in ("cg", "direct")):
         raise ValueError(

@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from .jacobians import Jacobian
 
 
+Solved = tuple[Tensor, Tensor]
+"""Solutions, and a margin: above 1 unless the matrix is singular or not finite."""
+
+
 class System(NamedTuple):
     """[(1-α) λ_j H + αI] y_j = b_j for j = 1 … k: a linear system in few coordinates.
 
@@ -80,7 +84,7 @@ class Watched:
 
     def __init__(self, tensor: Tensor, what: str) -> None:
         self.tensor = tensor.detach()
-        self.version = self.tensor._version
+        self.version: int | None = self.tensor._version
         self._what = what
 
     def stale(self) -> RuntimeError:
@@ -92,15 +96,9 @@ class Watched:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy's counter starts anew, so whether it is stale is noted here."""
-        is_fresh = self.tensor._version == self.version
-        return {**vars(self), "version": 0 if is_fresh else -1}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the copy's own counter."""
-        vars(self).update(state)
-        if self.version == 0:
-            self.version = self.tensor._version
+        """A copy owns its tensor, so nobody else changes it; or was stale already."""
+        is_fresh = self.version in (None, self.tensor._version)
+        return {**vars(self), "version": None if is_fresh else -1}
 
 
 class SymmetricOperator(ABC):
@@ -125,19 +123,16 @@ class SymmetricOperator(ABC):
     """
 
     def __init__(
-        self,
-        size: int,
-        like: Tensor | SymmetricOperator,
-        reads: Iterable[Watched] = (),
+        self, size: int, like: Tensor | SymmetricOperator, reads: Iterable[Watched] = ()
     ) -> None:
         if isinstance(like, Tensor) and is_narrow(like.dtype):
             raise ValueError(
                 f"A matrix of {like.dtype} is too coarse for curvature: a solve would "
                 "lose all digits. Convert it with .float()."
             )
-        self.shape = torch.Size((size, size))
-        self.dtype, self.device = like.dtype, like.device
-        self.reads = list(reads)
+        self.shape, self.reads = torch.Size((size, size)), list(reads)
+        self.dtype: torch.dtype = like.dtype
+        self.device: torch.device = like.device
 
     @abstractmethod
     def product(self, rows: Tensor) -> Tensor:
@@ -146,7 +141,7 @@ class SymmetricOperator(ABC):
     def require_fresh(self) -> None:
         """Raise RuntimeError if a tensor has changed that a product would read."""
         for watched in self.reads:
-            if watched.tensor._version != watched.version:
+            if watched.version not in (None, watched.tensor._version):
                 raise watched.stale()
 
     @full_precision()
@@ -172,12 +167,11 @@ class SymmetricOperator(ABC):
             RuntimeError: a weight or an input has changed.
         """
         if not self.fits:
-            size = self.shape.numel() * self.dtype.itemsize
+            size = self.shape.numel() * self.dtype.itemsize / 2**30
             raise MemoryError(
-                f"A dense {list(self.shape)} matrix of {self.dtype} needs "
-                f"{size / 2**30:.1f} GiB, more than the limit allows. Use products "
-                "(operator @ vector), diagonal() or trace() instead, or raise it by "
-                "hbp.set_dense_limit()."
+                f"A dense {list(self.shape)} matrix of {self.dtype} needs {size:.1f} "
+                "GiB, more than the limit. Use products (operator @ vector), "
+                "diagonal() or trace(), or raise it by hbp.set_dense_limit()."
             )
         self.require_fresh()
         return self._dense()
@@ -191,8 +185,7 @@ class SymmetricOperator(ABC):
     @full_precision()
     def trace(self) -> Tensor:
         """The sum of the eigenvalues, a scalar tensor."""
-        self.require_fresh()
-        return self._trace()
+        return self.diagonal().sum()
 
     @full_precision()
     def eigvalsh(self) -> Tensor:
@@ -233,7 +226,7 @@ class SymmetricOperator(ABC):
 
     def solve_damped(
         self, rows: Tensor, weight: float | Tensor, shift: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Solved:
         """Solve [weight · A + shift · I] x = b for rows b, [k, n], without host reads.
 
         Arguments go unchecked.
@@ -252,16 +245,15 @@ class SymmetricOperator(ABC):
         """A and b, [n], in coordinates of a subspace with the Krylov space of both."""
         self.require_fresh()
         rhs = torch.cat([b, b.new_zeros(1)])[None]
-        return System(self, b.new_ones(1), rhs, _add_vector)
+        return System(
+            self, b.new_ones(1), rhs, lambda x, y, scale: x.add_(y[0, :-1], alpha=scale)
+        )
 
     def _dense(self) -> Tensor:
         return torch.cat([self.product(part) for part in self.identity()])
 
     def _diagonal(self) -> Tensor:
         return self.to_dense().diagonal()
-
-    def _trace(self) -> Tensor:
-        return self._diagonal().sum()
 
     def _eigvalsh(self) -> Tensor:
         return torch.linalg.eigvalsh(self.to_dense())
@@ -282,27 +274,25 @@ class SymmetricOperator(ABC):
 
     def _check(self, vectors: Tensor, name: str) -> None:
         self.require_fresh()
-        size = self.shape[0]
+        n = self.shape[0]
         if not isinstance(vectors, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(vectors).__name__}.")
-        if vectors.dim() not in (1, 2) or vectors.shape[0] != size:
+        if vectors.dim() not in (1, 2) or vectors.shape[0] != n:
             raise ValueError(
                 f"{name} has shape {list(vectors.shape)}; this operator of shape "
-                f"[{size}, {size}] takes [{size}] or [{size}, k] (vectors as columns)."
+                f"[{n}, {n}] takes [{n}] or [{n}, k] (vectors as columns)."
             )
-        if vectors.dtype != self.dtype or vectors.device != self.device:
+        if vectors.layout != torch.strided:
+            raise ValueError(f"{name} is {vectors.layout}. Use .to_dense().")
+        if (vectors.dtype, vectors.device) != (self.dtype, self.device):
             raise ValueError(
                 f"{name} is {vectors.dtype} on {vectors.device}, but the operator is "
                 f"{self.dtype} on {self.device}. Convert it with .to(...)."
             )
-        if vectors.layout != torch.strided:
-            raise ValueError(f"{name} is {vectors.layout}. Use .to_dense().")
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, "
-            f"device={str(self.device)!r})"
-        )
+        kind = f"dtype={self.dtype}, device={str(self.device)!r}"
+        return f"{type(self).__name__}(shape={list(self.shape)}, {kind})"
 
 
 class DenseOperator(SymmetricOperator):
@@ -348,9 +338,6 @@ class DiagonalOperator(SymmetricOperator):
     def product(self, rows: Tensor) -> Tensor:
         return rows * self.values
 
-    def _dense(self) -> Tensor:
-        return self.values.diag()
-
     def _diagonal(self) -> Tensor:
         return self.values
 
@@ -382,14 +369,8 @@ class SampleBlocks(SymmetricOperator):
         samples = rows.reshape(len(rows), *self.matrices.shape[:2]).transpose(0, 1)
         return (samples @ self.matrices).transpose(0, 1).reshape(rows.shape)
 
-    def _dense(self) -> Tensor:
-        return torch.block_diag(*self.matrices)
-
     def _diagonal(self) -> Tensor:
         return self.matrices.diagonal(dim1=1, dim2=2).flatten()
-
-    def _eigvalsh(self) -> Tensor:
-        return torch.linalg.eigvalsh(self.matrices).flatten().sort().values
 
 
 class Repeated(SymmetricOperator):
@@ -443,18 +424,16 @@ class MatrixFree(SymmetricOperator):
         self._function = product
 
     def product(self, rows: Tensor) -> Tensor:
-        return torch.stack([self._one(row) for row in rows])
-
-    def _one(self, vector: Tensor) -> Tensor:
         with torch.enable_grad():  # It may well differentiate.
-            result = self._function(vector)
-        if not isinstance(result, Tensor) or result.shape != vector.shape:
-            got = list(result.shape) if isinstance(result, Tensor) else type(result)
-            raise ValueError(
-                f"The product function returned {got} for a vector of shape "
-                f"{list(vector.shape)}; it must return a tensor of that shape."
-            )
-        return result.detach()
+            results = [self._function(row) for row in rows]
+        for result in results:
+            if not isinstance(result, Tensor) or result.shape != rows.shape[1:]:
+                got = list(result.shape) if isinstance(result, Tensor) else type(result)
+                raise ValueError(
+                    f"The product function returned {got} for a vector of shape "
+                    f"{list(rows.shape[1:])}; it must return a tensor of that shape."
+                )
+        return torch.stack(results).detach()
 
 
 class Congruence(SymmetricOperator):
@@ -500,21 +479,23 @@ class Congruence(SymmetricOperator):
         small = self.outer.shape[0] <= 4 * max(self.shape[0], DENSE_FEATURES)
         return small and self.outer.fits
 
+    def _dense(self) -> Tensor:
+        return self._matrix
+
     @cached_property
     def _matrix(self) -> Tensor:
         return self._formed()
-
-    def _dense(self) -> Tensor:
-        return self._matrix
 
     def _formed(self) -> Tensor:
         if not self._outer_is_small:
             parts = self.identity(self.jacobian.out_size)
             return torch.cat([self._through_the_chain(part) for part in parts])
         outer = self.outer
-        # Below a weight stands an activation, whose own matrix will be kept.
-        passing = isinstance(outer, Congruence) and outer.jacobian.matrix is not None
-        H = outer._formed() if passing else outer.to_dense()
+        # What came through a weight is not kept: the activation below it will be.
+        if isinstance(outer, Congruence) and outer.jacobian.matrix is not None:
+            H = outer._formed()
+        else:
+            H = outer.to_dense()
         matrix = self.jacobian.vjp(self.jacobian.vjp(H).T)  # (HJ)ᵀJ
         if isinstance(self.term, DiagonalOperator):
             matrix.diagonal().add_(self.term.values)
@@ -525,48 +506,6 @@ class Congruence(SymmetricOperator):
         images = map(self.jacobian.jvp, self.identity(self.jacobian.out_size))
         diagonal = torch.cat([(v * self.outer.product(v)).sum(1) for v in images])
         return diagonal if self.term is None else diagonal + self.term.diagonal()
-
-    def solve_damped(
-        self, rows: Tensor, weight: float | Tensor, shift: float
-    ) -> tuple[Tensor, Tensor]:
-        """Woodbury's identity, eq-woodbury: the layer above is at most half as wide.
-
-        With D = weight · R + shift · I and G = weight · H,
-
-            (D + JᵀGJ)⁻¹ b = D⁻¹(b - Jᵀu),   (I + G JD⁻¹Jᵀ) u = G JD⁻¹b,
-
-        a system of the size of H. It needs D to be well away from 0, so R ≥ 0.
-        """
-        narrow = self._narrow_factors() if shift > 0 else None
-        if narrow is None:
-            return super().solve_damped(rows, weight, shift)
-        outer, J = narrow
-        D = rows.new_full((self.shape[0],), shift)
-        if isinstance(self.term, DiagonalOperator):
-            D = D + self.term.values * weight
-        G, scaled = outer.to_dense() * weight, J / D
-        capacitance = G @ (scaled @ J.T)
-        capacitance.diagonal().add_(1)
-        factors, pivots, _ = torch.linalg.lu_factor_ex(capacitance)
-        u = torch.linalg.lu_solve(factors, pivots, G @ (scaled @ rows.T))
-        return (rows - u.T @ J) / D, regularity(factors.diagonal(), shift)
-
-    def _narrow_factors(self) -> tuple[SymmetricOperator, Tensor] | None:
-        """H and a dense J, [z, x], with 2z ≤ x and A = JᵀHJ + R for R ≥ 0, or None."""
-        outer, jacobian, term = self.outer, self.jacobian, self.term
-        if not (term is None or getattr(term, "nonnegative", False)):
-            return None
-        if jacobian.matrix is not None:
-            wide = 2 * outer.shape[0] > self.shape[0]
-            return None if wide else (outer, jacobian.matrix)
-        if (
-            jacobian.is_diagonal
-            and isinstance(outer, Congruence)
-            and outer.term is None
-        ):
-            factors = outer._narrow_factors()
-            return factors and (factors[0], jacobian.jvp(factors[1]))
-        return None
 
 
 class KroneckerBlock(SymmetricOperator):
@@ -610,16 +549,9 @@ class KroneckerBlock(SymmetricOperator):
         # torch.kron refuses a matrix that is stored by columns.
         return torch.kron(self.outer.to_dense().contiguous(), inner)
 
-    @property
-    def _second_moments(self) -> Tensor:
-        """The diagonal of w FᵀF, [in]."""
-        return self.rows.square().sum(0) * self.weight
-
     def _diagonal(self) -> Tensor:
-        return torch.outer(self.outer.diagonal(), self._second_moments).flatten()
-
-    def _trace(self) -> Tensor:
-        return self.outer.trace() * self._second_moments.sum()
+        moments = self.rows.square().sum(0) * self.weight
+        return torch.outer(self.outer.diagonal(), moments).flatten()
 
     def _eigvalsh(self) -> Tensor:
         values = torch.outer(self.outer.eigvalsh(), self.spectrum[0]).flatten()
@@ -646,7 +578,7 @@ class KroneckerBlock(SymmetricOperator):
 
     def solve_damped(
         self, rows: Tensor, weight: float | Tensor, shift: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Solved:
         """H ⊗ Λ on the span of the rows F, 1/shift outside: eq-closed-form."""
         x, margins = torch.zeros_like(rows), []
         for target, b in zip(x, rows, strict=True):
@@ -661,16 +593,6 @@ class KroneckerBlock(SymmetricOperator):
         self.require_fresh()
         B, (values, Q) = b.view(self.sizes), self.spectrum
         Y = B @ Q
-        if Q.shape[1] == self.sizes[1]:  # Nothing remains.
-            rhs = torch.cat([Y.T, Y.new_zeros(len(values), 1)], dim=1)
-            return System(
-                self.outer,
-                values,
-                rhs,
-                lambda target, y, scale: target.view(self.sizes).addmm_(
-                    y[:, :-1].T, Q.T, alpha=scale
-                ),
-            )
         length = _remainder_norm(B, Y, Q)
         rhs = torch.cat([Y.T, Y.new_zeros(len(values), 1)], dim=1)
         rhs[0, -1] = length
@@ -682,17 +604,12 @@ class KroneckerBlock(SymmetricOperator):
             share = torch.where(length > 0, y[0, -1] / length, 0)
             inside = y[:, :-1].T - share * Y
             matrix = target.view(self.sizes).addcmul_(B, share, value=scale)
-            if len(values) == 1:
-                matrix.addr_(inside[:, 0], Q[:, 0], alpha=scale)
-            else:
-                matrix.addmm_(inside, Q.T, alpha=scale)
+            matrix.addmm_(inside, Q.T, alpha=scale)
 
         return System(self.outer, values, rhs, add_to)
 
 
-def solve_system(
-    system: System, weight: float | Tensor, shift: float
-) -> tuple[Tensor, Tensor]:
+def solve_system(system: System, weight: float | Tensor, shift: float) -> Solved:
     """The y, [k, n + 1], with [weight · λ_j H + shift · I] y_j = b_j, and a margin.
 
     With several λ, in [the eigenbasis of H][eq-eigenbases] every matrix is diagonal.
@@ -719,30 +636,29 @@ def as_operator(hessian: object) -> SymmetricOperator:
     """
     if isinstance(hessian, SymmetricOperator):
         return hessian
+    name = "output_hessian"
     if not isinstance(hessian, Tensor):
         raise TypeError(
-            f"output_hessian is a {type(hessian).__name__}; pass a [C, C] tensor, as "
-            "from batch_summed_hessian(loss, outputs), or an operator."
+            f"{name} is a {type(hessian).__name__}; pass a [C, C] tensor, as from "
+            "batch_summed_hessian(loss, outputs), or an operator."
         )
-    require_floats("output_hessian", hessian)
+    require_floats(name, hessian)
     matrix = hessian.detach()
     if matrix.dim() not in (2, 3) or matrix.shape[-2] != matrix.shape[-1]:
         raise ValueError(
-            f"output_hessian has shape {list(matrix.shape)}; for C output features it "
-            "must be [C, C], as from batch_summed_hessian(loss, outputs), or "
-            "[N, C, C], as from per_sample_hessian(loss, outputs)."
+            f"{name} has shape {list(matrix.shape)}; for C output features it must be "
+            "[C, C], as from batch_summed_hessian(loss, outputs), or [N, C, C], as "
+            "from per_sample_hessian(loss, outputs)."
         )
     if matrix.numel() == 0:
-        raise ValueError(f"output_hessian of shape {list(matrix.shape)} is empty.")
+        raise ValueError(f"{name} of shape {list(matrix.shape)} is empty.")
     sizes = torch.stack([matrix.abs().max(), (matrix - matrix.mT).abs().max()])
     largest, asymmetry = sizes.tolist()
     if not largest < float("inf"):
-        raise ValueError(
-            "output_hessian contains NaN or infinity. Check the loss and the inputs."
-        )
+        raise ValueError(f"{name} contains NaN or infinity. Check loss and inputs.")
     # Autograd's round-off is a few eps; a wrong matrix is off by far more.
     if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * largest:
-        raise ValueError("output_hessian is not symmetric.")
+        raise ValueError(f"{name} is not symmetric.")
     return DenseOperator(matrix) if matrix.dim() == 2 else SampleBlocks(matrix)
 
 
@@ -764,10 +680,8 @@ def regularity(pivots: Tensor, shift: float) -> Tensor:
 
 def singular(alpha: float) -> str:
     """What to say of a system whose margin is not above 1."""
-    return (
-        f"(1-α)H + αI is singular or not finite at alpha={alpha}. Use a larger alpha, "
-        "or solver='cg'."
-    )
+    what = f"(1-α)H + αI is singular or not finite at alpha={alpha}."
+    return f"{what} Use a larger alpha, or solver='cg'."
 
 
 def decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -794,10 +708,6 @@ def eigh_of_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0) + 0 * matrix.trace(), vectors
 
 
-def _add_vector(target: Tensor, y: Tensor, scale: float) -> None:
-    target.add_(y[0, :-1], alpha=scale)
-
-
 def _remainder_norm(B: Tensor, Y: Tensor, Q: Tensor) -> Tensor:
     """‖B⊥‖ of B⊥ = B - YQᵀ, but never 0 where B is not.
 
@@ -808,6 +718,8 @@ def _remainder_norm(B: Tensor, Y: Tensor, Q: Tensor) -> Tensor:
     weight's size is made. Pythagoras would be cheaper, but cannot tell a B⊥ below
     1e-3 ‖B‖ from round-off in float32.
     """
+    if Q.shape[1] == B.shape[1]:
+        return B.new_zeros(())
     norm, rows = torch.linalg.vector_norm, max(1, REMAINDER_ENTRIES // B.shape[1])
     lengths = []
     for b, y in zip(B.split(rows), Y.split(rows), strict=True):

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from .guards import is_number
-
 dense_limit: float = 2**29
-"""Bytes of the largest matrix that is formed; see ``set_dense_limit``."""
+"""Bytes of the largest matrix that is formed; ``hbp.set_dense_limit`` sets it."""
 
 DENSE_FEATURES: Final = 256
 """Up to this size ``Congruence`` forms its matrix before it multiplies.
@@ -54,29 +52,6 @@ NULL_SLACK: Final = 10
 The null space of a curvature shows up as pivots of at most 2.4 n·eps in softmax
 Hessians of 2 to 200 classes. A damped one stands at α.
 """
-
-
-def set_dense_limit(nbytes: float) -> float:
-    """Set how large a matrix may become before it stays an operator.
-
-    ``to_dense()`` refuses to form a larger one. Rules that would form a larger one on
-    their own, as the averaged product does, use products instead. 512 MiB at first:
-    11,585 features in float32.
-
-    Args:
-        nbytes: The bound in bytes, for one matrix; positive.
-
-    Returns:
-        The bound that held before.
-
-    Raises:
-        ValueError: ``nbytes`` is no positive number.
-    """
-    global dense_limit
-    if not (is_number(nbytes) and nbytes > 0):
-        raise ValueError(f"nbytes={nbytes!r} must be a positive number of bytes.")
-    before, dense_limit = dense_limit, nbytes
-    return before
 
 
 def rows_at_once(entries: int) -> int:

@@ -122,18 +122,18 @@ def _linear_part(
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
     """v ↦ Jv, and u, a v of the right shape ↦ Jᵀu, of an affine function.
 
-    function(v) - function(0) would lose the digits of a small v beside a large constant.
-    u ↦ Jᵀu is linear, and its transpose is J.
+    function(v) - function(0) would lose the digits of a small v beside a large
+    constant. u ↦ Jᵀu is linear, and its transpose is J.
     """
 
     def push(v: Tensor) -> Tensor:
-        z, back = vjp(function, torch.zeros_like(v))
-        _, forward = vjp(lambda u: back(u)[0], torch.zeros_like(z))
+        z, back = vjp(function, torch.zeros_like(v))[:2]
+        forward = vjp(lambda u: back(u)[0], torch.zeros_like(z))[1]
         result: Tensor = forward(v)[0]
         return result
 
     def pull(u: Tensor, at: Tensor) -> Tensor:
-        _, back = vjp(function, at)
+        back = vjp(function, at)[1]
         result: Tensor = back(u)[0]
         return result
 
@@ -149,7 +149,7 @@ class GeneralRule(HBPModule):
     layer that computes f; parameters, if it has any, need ``parameter_jacobians``.
     """
 
-    schemes = ("average_input_jacobian",)
+    schemes: Sequence[str] = ("average_input_jacobian",)
 
     def forward(self, input: Tensor) -> Tensor:
         """z = f(x), [N, ...] → [N, ...]."""

@@ -13,10 +13,16 @@ from hbp.core.layers.convolution import ConvolutionRule
 class HBPConvTranspose1d(ConvolutionRule, nn.ConvTranspose1d):  # type: ignore[misc]
     """``torch.nn.ConvTranspose1d`` that sends curvature backward."""
 
+    input_dimensions = 3
+
 
 class HBPConvTranspose2d(ConvolutionRule, nn.ConvTranspose2d):  # type: ignore[misc]
     """``torch.nn.ConvTranspose2d`` that sends curvature backward."""
 
+    input_dimensions = 4
+
 
 class HBPConvTranspose3d(ConvolutionRule, nn.ConvTranspose3d):  # type: ignore[misc]
     """``torch.nn.ConvTranspose3d`` that sends curvature backward."""
+
+    input_dimensions = 5

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..jacobians import Bias, Bilinear, Chain, Function, Jacobian
+from ..module import HBPModule
 from ..operators import Watched
-from .pooling import SpatialRule
 
 
-class ConvolutionRule(SpatialRule):
+class ConvolutionRule(HBPModule):
     """z = W ∗ x + b, a convolution, transposed or not.
 
     [Rules][eq-convolution] (Dangel, Harmeling & Hennig 2020), with ⟦x⟧ the unfolded
@@ -36,15 +36,6 @@ class ConvolutionRule(SpatialRule):
     schemes = ("average_parameter_jacobian",)
     weight: Any
     bias: Any
-    kernel_size: tuple[int, ...]
-    stride: Any
-    padding: Any
-    padding_mode: str
-    dilation: Any
-    transposed: bool
-    output_padding: Any
-    groups: int
-    _reversed_padding_repeated_twice: list[int]
 
     def forward(self, input: Tensor) -> Tensor:
         """z = W ∗ x + b, [N, C, ...] → [N, out, ...]."""
@@ -52,101 +43,87 @@ class ConvolutionRule(SpatialRule):
 
     def jacobian(self) -> Jacobian:
         before, after = self.last_record.input_shape, self.last_record.output_shape
-        W, pad = self.weight, self._padding
-        padded = pad(W.new_empty(()).expand(1, *before[1:])).shape[1:]
-        W, reads = W.detach(), [Watched(W, "A weight")]
+        convolution, W = _Convolution.of(self), self.weight.detach()
+        padded = convolution.pad(W.new_empty(()).expand(1, *before[1:])).shape[1:]
+        pad = Function(convolution.pad, before[1:], padded, before[0])
         convolve = Function(
-            partial(_convolve, self._options, W),
+            partial(convolution.apply, W),
             padded,
             after[1:],
             before[0],
-            partial(_transpose_x, self._options, W, padded),
-            reads,
+            partial(convolution.to_input, W, padded),
+            [Watched(W, "A weight")],
         )
-        pads = Function(pad, before[1:], padded, before[0])
-        return Chain([pads, convolve] if pad.keywords["pads"] else [convolve])
+        return Chain([pad, convolve] if any(convolution.pads) else [convolve])
 
     def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
         x, after = self.last_record.kept, self.last_record.output_shape[1:]
-        shape, options = self.weight.shape, (self._options, self._padding)
-        push = partial(_convolve_by, *options)
-        pull = partial(_transpose_W, *options, shape)
-        yield self.weight, Bilinear(push, pull, x, shape, after)
+        convolution, shape = _Convolution.of(self), self.weight.shape
+        pull = partial(convolution.to_weight, shape)
+        yield self.weight, Bilinear(convolution.of_any, pull, x, shape, after)
         if self.bias is not None:
             yield self.bias, Bias(self.bias.shape, after, len(x))
 
-    @property
-    def _padding(self) -> partial[Tensor]:
-        """What is padded beforehand; zeros of equal widths are left to torch."""
-        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        pads = self._reversed_padding_repeated_twice
-        pads = [] if plain or self.transposed or not any(pads) else pads
-        return partial(_pad, pads=pads, mode=self.padding_mode)
 
-    @property
-    def _options(self) -> tuple[Any, ...]:
-        # "valid", or "same" for a kernel of one place, is no padding.
-        padded = self._padding.keywords["pads"] or isinstance(self.padding, str)
-        padding = (0,) * len(self.kernel_size) if padded else self.padding
-        options = self.dilation, self.transposed, self.output_padding, self.groups
-        return (self.stride, padding, *options)
+class _Convolution(NamedTuple):
+    """x, W ↦ W ∗ x of a layer, without its bias. It can be copied and pickled."""
 
-    @property
-    def dimensions(self) -> int:  # type: ignore[override]
-        """Of space."""
-        return len(self.kernel_size)
+    pads: Sequence[int]
+    mode: str
+    options: tuple[Any, ...]
 
+    @classmethod
+    def of(cls, layer: Any) -> _Convolution:
+        # Zeros of equal widths are left to torch; a transposed convolution crops.
+        zeros, named = layer.padding_mode == "zeros", isinstance(layer.padding, str)
+        plain = layer.transposed or (zeros and not named)
+        pads = [] if plain else layer._reversed_padding_repeated_twice
+        padding = layer.padding if plain else (0,) * len(layer.kernel_size)
+        options = layer.dilation, layer.transposed, layer.output_padding, layer.groups
+        mode = "constant" if zeros else layer.padding_mode
+        return cls(pads, mode, (layer.stride, padding, *options))
 
-Options = tuple[Any, ...]
-Pad = Callable[[Tensor], Tensor]
+    def pad(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.pads, mode=self.mode) if any(self.pads) else x
 
-# Functions of the module: what holds them can be copied and pickled.
+    def apply(self, W: Tensor, x: Tensor) -> Tensor:
+        """W ∗ x for a padded x, [M, C, ...] → [M, out, ...]."""
+        return torch.convolution(x, W, None, *self.options)
 
+    def of_any(self, x: Tensor, W: Tensor) -> Tensor:
+        """W ∗ x, [N, C, ...] → [N, out, ...]."""
+        return self.apply(W, self.pad(x))
 
-def _pad(x: Tensor, pads: list[int], mode: str) -> Tensor:
-    if not pads:
-        return x
-    return F.pad(x, pads, mode="constant" if mode == "zeros" else mode)
+    def to_input(self, W: Tensor, shape: torch.Size, u: Tensor) -> Tensor:
+        """Σ_z u ∂z/∂x of a padded x, [M, out, ...] → [M, *shape]."""
+        return self._backward(u, u.new_empty(()).expand(len(u), *shape), W, 0)
 
+    def to_weight(self, shape: torch.Size, x: Tensor, u: Tensor) -> Tensor:
+        """Σ_n Σ_z u ∂z/∂W, of the shape of W."""
+        return self._backward(u, self.pad(x), u.new_empty(()).expand(shape), 1)
 
-def _convolve(options: Options, W: Tensor, x: Tensor) -> Tensor:
-    """W ∗ x for a padded x, [M, C, ...] → [M, out, ...]."""
-    return torch.convolution(x, W, None, *options)
-
-
-def _convolve_by(options: Options, pad: Pad, x: Tensor, W: Tensor) -> Tensor:
-    return _convolve(options, W, pad(x))
-
-
-def _transpose_x(options: Options, W: Tensor, shape: torch.Size, u: Tensor) -> Tensor:
-    """Σ_z u ∂z/∂x, [M, out, ...] → [M, *shape], padding included."""
-    like = u.new_empty(()).expand(len(u), *shape)
-    return _backward(options, u, like, W, 0)
-
-
-def _transpose_W(
-    options: Options, pad: Pad, shape: torch.Size, x: Tensor, u: Tensor
-) -> Tensor:
-    """Σ_z u ∂z/∂W, summed over the samples."""
-    return _backward(options, u, pad(x), u.new_empty(()).expand(shape), 1)
-
-
-def _backward(options: Options, u: Tensor, x: Tensor, W: Tensor, which: int) -> Tensor:
-    # The operation behind torch.nn.grad, which cannot transpose a transposed one. Of
-    # what it differentiates by, it reads the shape only.
-    wanted = [which == 0, which == 1, False]
-    backward = torch.ops.aten.convolution_backward
-    gradient: Tensor = backward(u, x, W, None, *options, wanted)[which]
-    return gradient
+    def _backward(self, u: Tensor, x: Tensor, W: Tensor, which: int) -> Tensor:
+        # The operation behind torch.nn.grad, which cannot transpose a transposed one.
+        # Of what it differentiates by, it reads the shape only.
+        wanted = [which == 0, which == 1, False]
+        backward = torch.ops.aten.convolution_backward
+        gradients: list[Tensor] = backward(u, x, W, None, *self.options, wanted)
+        return gradients[which]
 
 
 class HBPConv1d(ConvolutionRule, nn.Conv1d):
     """``torch.nn.Conv1d`` that sends curvature backward."""
 
+    input_dimensions = 3
+
 
 class HBPConv2d(ConvolutionRule, nn.Conv2d):
     """``torch.nn.Conv2d`` that sends curvature backward."""
 
+    input_dimensions = 4
+
 
 class HBPConv3d(ConvolutionRule, nn.Conv3d):
     """``torch.nn.Conv3d`` that sends curvature backward."""
+
+    input_dimensions = 5

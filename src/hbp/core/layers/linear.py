@@ -28,6 +28,7 @@ class HBPLinear(HBPModule, nn.Linear):
     """
 
     schemes = ("average_parameter_jacobian",)
+    input_dimensions = 2
 
     def forward(self, input: Tensor) -> Tensor:
         """z = Wx + b, [N, in_features] → [N, out_features]."""
@@ -41,12 +42,3 @@ class HBPLinear(HBPModule, nn.Linear):
         yield self.weight, Weight(x, self.out_features, delta)
         if self.bias is not None:
             yield self.bias, Bias(self.bias.shape, self.bias.shape, len(x))
-
-    def check_record(self) -> None:
-        super().check_record()
-        shape = self.last_record.input_shape
-        if len(shape) != 2:
-            raise ValueError(
-                f"{self} got an input of shape {list(shape)}. Its curvature rules "
-                "need [N, in_features]; flatten the dimensions between into the batch."
-            )

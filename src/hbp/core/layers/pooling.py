@@ -38,22 +38,7 @@ class HBPAdaptiveAvgPool3d(LinearRule, nn.AdaptiveAvgPool3d):
     """``torch.nn.AdaptiveAvgPool3d`` that sends curvature backward."""
 
 
-class SpatialRule(HBPModule):
-    """A layer of images: it takes [N, C, ...] with as many dimensions as it has."""
-
-    dimensions: int
-
-    def check_record(self) -> None:
-        super().check_record()
-        shape = self.last_record.input_shape
-        if len(shape) != self.dimensions + 2:
-            raise ValueError(
-                f"{self} got an input of shape {list(shape)}. Its curvature rules need "
-                "a batch dimension: inputs.unsqueeze(0) for one sample."
-            )
-
-
-class MaxPoolRule(SpatialRule):
+class MaxPoolRule(HBPModule):
     """z_p = max of x over the window of position p: z = Πx, Π selects.
 
     [Rule][eq-selection] (Dangel, Harmeling & Hennig 2020): H_x = Πᵀ H_z Π, no
@@ -84,8 +69,8 @@ class MaxPoolRule(SpatialRule):
 
     def jacobian(self) -> Jacobian:
         x, z = self.last_record.kept, self.last_record.output_shape
-        pools = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-        pool: Callable[..., tuple[Tensor, Tensor]] = pools[self.dimensions]
+        pools = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
+        pool: Callable[..., tuple[Tensor, Tensor]] = pools[x.dim()]
         options = self.kernel_size, self.stride, self.padding, self.dilation
         _, index = pool(x, *options, self.ceil_mode, return_indices=True)
         channels, plane = x.shape[1], x.shape[2:].numel()
@@ -93,8 +78,9 @@ class MaxPoolRule(SpatialRule):
         windows = self._windows(x.shape[2:], z[2:], x.device)
         # Every channel has its own plane: [C, positions, places], -1 in the padding.
         places = (windows + starts[..., None]).where(windows >= 0, -1)
-        index = (index.flatten(2) + starts).flatten(1)
-        return Selection(index, places.flatten(0, 1), x.shape[1:], z[1:], x.dtype)
+        index = (index.flatten(2) + starts).flatten(1).unsqueeze(2)
+        places = places.flatten(0, 1)
+        return Selection(index, x.new_ones(1), places, x.shape[1:], z[1:])
 
     def _windows(
         self, sizes: torch.Size, counts: torch.Size, device: torch.device
@@ -122,16 +108,16 @@ def _of_dimension(option: int | Sequence[int], d: int) -> int:
 class HBPMaxPool1d(MaxPoolRule, nn.MaxPool1d):
     """``torch.nn.MaxPool1d`` that sends curvature backward."""
 
-    dimensions = 1
+    input_dimensions = 3
 
 
 class HBPMaxPool2d(MaxPoolRule, nn.MaxPool2d):
     """``torch.nn.MaxPool2d`` that sends curvature backward."""
 
-    dimensions = 2
+    input_dimensions = 4
 
 
 class HBPMaxPool3d(MaxPoolRule, nn.MaxPool3d):
     """``torch.nn.MaxPool3d`` that sends curvature backward."""
 
-    dimensions = 3
+    input_dimensions = 5
