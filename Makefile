@@ -28,7 +28,7 @@ CORE := behaviour blocks cg cg_newton checkpoint convert datasets errors exact l
 .DEFAULT_GOAL := help
 .PHONY: help setup tutorials test oldest unit $(COMPARED) tutorials-official \
         execute time sync docs serve lint \
-        bench bench-accuracy bench-paper bench-convolution bench-tested wheel check-dist colab \
+        size calls bench bench-accuracy bench-paper bench-convolution bench-tested wheel check-dist colab \
         browser constraints clean
 
 help:  ## list the targets
@@ -101,6 +101,12 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt \
 	  --editable ".[bench]"
 	touch $@
+
+size:  ## lines of code of the package, file by file
+	@$(PYTHON) tools/size.py
+
+calls: $(READY)  ## how many functions one step runs through
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.calls
 
 bench: .venv/bench-ready  ## time a training step next to those of others
 	PYTHONPATH=tests $(BIN)/python -m benchmarks
