@@ -1,4 +1,4 @@
-"""Systems that fall into parts: the averaged product H ⊗ E[xxᵀ], column by column."""
+"""Systems that fall into columns: the averaged product H ⊗ E[xxᵀ]."""
 
 from __future__ import annotations
 
@@ -13,19 +13,11 @@ from helpers import all_equal, close, indefinite, randn, small_batch, spd, value
 from torch import Tensor, nn
 
 import hbp
-from hbp import operators
+from hbp.fast import RowsBlock
 from hbp.operators import DenseOperator, KroneckerBlock
 
 OUT, IN, ALPHA = 4, 12, 0.05
 EXACTLY = {"cg_tol": 1e-13, "cg_atol": 0.0, "cg_maxiter": 2000}
-
-
-@pytest.fixture(autouse=True, params=[(1, 2), (2,), ()], ids=str)
-def part_columns(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several small parts, two, and one."""
-    monkeypatch.setattr(operators, "PART_COLUMNS", request.param)
 
 
 INPUTS: dict[str, Callable[[], Tensor]] = {
@@ -49,7 +41,8 @@ def weight(x: Tensor, H: Tensor, told: bool = True) -> nn.Parameter:
     delta = randn(len(x), OUT, dtype=x.dtype)
     p = nn.Parameter(torch.zeros(OUT, IN, dtype=x.dtype))
     p.grad = delta.T @ x
-    p.hessian = KroneckerBlock(DenseOperator(H), x, 1 / len(x), delta if told else None)
+    kind = RowsBlock if told else KroneckerBlock
+    p.hessian = kind(DenseOperator(H), x, 1 / len(x), *[delta] * told)
     return p
 
 
@@ -67,17 +60,20 @@ def step(p: nn.Parameter, alpha: float = ALPHA, **options: Any) -> hbp.optim.Ste
     return optimizer.last_step[p]
 
 
-def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the reductions that are made."""
-    made: list[str] = []
-    for name in ("_RowReduction", "_SpanReduction"):
-        kind = getattr(operators, name)
+@pytest.fixture
+def bases(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of the inputs, transposed, for whose span a basis is computed.
 
-        def make(*args: Any, kind: type = kind, name: str = name) -> Any:
-            made.append(name)
-            return kind(*args)
+    Nothing else in a step needs QR.
+    """
+    made: list[torch.Size] = []
+    qr = torch.linalg.qr
 
-        monkeypatch.setattr(operators, name, make)
+    def recorded(matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
+        made.append(matrix.shape)
+        return qr(matrix, *args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "qr", recorded)
     return made
 
 
@@ -105,7 +101,7 @@ def test_the_solution_is_that_of_the_dense_block(
 def test_the_quadratic_model_is_never_above_that_of_cg_on_the_whole(
     inputs: Tensor, told: bool, maxiter: int
 ) -> None:
-    """Each part has its own coefficients: they minimise over a larger space."""
+    """Each column has its own coefficients: they minimise over a larger space."""
     p = weight(inputs, spd(OUT), told)
     matrix, b = system(p)
     info = step(p, cg_tol=1e-13, cg_atol=0.0, cg_maxiter=maxiter)
@@ -154,7 +150,7 @@ def test_a_singular_system_is_not_solved_directly() -> None:
         assert not p.any()
 
 
-def test_parts_of_negative_curvature_end_by_themselves() -> None:
+def test_columns_of_negative_curvature_end_by_themselves() -> None:
     """With α = 0.5, -λ_j + 1 is negative for the large eigenvalues only."""
     x = torch.diag(torch.tensor([3.0, 3, 0.1, 0.1, 0.1])).double()
     x = torch.cat([x, torch.zeros(5, IN - 5).double()], dim=1) * 5**0.5
@@ -163,10 +159,9 @@ def test_parts_of_negative_curvature_end_by_themselves() -> None:
         info = step(p, alpha=0.5, cg_tol=1e-9)
         assert info.negative_curvature
         assert not info.converged
-        if operators.PART_COLUMNS == (2,):
-            assert not p[:, :2].any()
-            # CG stops at 1e-9.
-            close(p[:, 2:], -p.grad[:, 2:] / (0.5 - 0.5 * 0.01), rtol=1e-8)
+        assert not p[:, :2].any()
+        # CG stops at 1e-9.
+        close(p[:, 2:], -p.grad[:, 2:] / (0.5 - 0.5 * 0.01), rtol=1e-8)
 
 
 def test_an_indefinite_block_solved_directly(inputs: Tensor) -> None:
@@ -182,33 +177,34 @@ def test_an_indefinite_block_solved_directly(inputs: Tensor) -> None:
 # Which gradients are known to be δᵀx.
 # --------------------------------------------------------------------------------------
 
-CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "none": (lambda g: g, "_RowReduction"),
-    "clipped": (lambda g: 0.37 * g, "_RowReduction"),
-    "turned": (lambda g: -1e-3 * g, "_RowReduction"),
-    "tiny": (lambda g: 1e-30 * g, "_RowReduction"),
-    "weight decay": (lambda g: g + 1e-4 * torch.randn_like(g), "_SpanReduction"),
-    "one entry": (lambda g: g + 1e-2 * (g == g.max()), "_SpanReduction"),
-    "one row gone": (lambda g: g * (torch.arange(OUT) > 0)[:, None], "_SpanReduction"),
-    "another gradient": (lambda g: torch.randn_like(g), "_SpanReduction"),
+CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "none": (lambda g: g, True),
+    "clipped": (lambda g: 0.37 * g, True),
+    "turned": (lambda g: -1e-3 * g, True),
+    "tiny": (lambda g: 1e-30 * g, True),
+    "weight decay": (lambda g: g + 1e-4 * torch.randn_like(g), False),
+    "one entry": (lambda g: g + 1e-2 * (g == g.max()), False),
+    "one row gone": (lambda g: g * (torch.arange(OUT) > 0)[:, None], False),
+    "another gradient": (lambda g: torch.randn_like(g), False),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_gradient_is_solved_for(
-    monkeypatch: pytest.MonkeyPatch, change: str, dtype: torch.dtype
+    bases: list[torch.Size], change: str, dtype: torch.dtype
 ) -> None:
-    made = counting(monkeypatch)
-    change_gradient, reduction = CHANGES[change]
+    """And only for one that is not δᵀx a basis is needed."""
+    change_gradient, known = CHANGES[change]
     x, H, delta = randn(7, IN).to(dtype), spd(OUT).to(dtype), randn(7, OUT).to(dtype)
     p = nn.Parameter(torch.zeros(OUT, IN, dtype=dtype))
-    p.hessian = KroneckerBlock(DenseOperator(H), x, 1 / 7, delta)
+    p.hessian = RowsBlock(DenseOperator(H), x, 1 / 7, delta)
     p.grad = change_gradient(delta.T @ x)
     matrix, b = (t.double() for t in system(p))
     tol = 1e-10 if dtype == torch.float64 else 1e-5
+    bases.clear()
     step(p, cg_tol=tol, cg_atol=0.0)
-    assert made == [reduction]
+    assert bases == ([] if known else [(IN, 7)])
     expected = torch.linalg.solve(matrix, b)
     gap = p.detach().double().flatten() - expected
     assert gap.norm() <= 100 * tol * expected.norm()
@@ -231,12 +227,15 @@ def test_inputs_whose_squares_overflow_are_an_arithmetic_error() -> None:
 
 
 def test_a_zero_gradient_is_no_step(inputs: Tensor) -> None:
-    p = weight(inputs, spd(OUT))
-    p.grad.zero_()
-    p.hessian.output_gradient.zero_()
-    info = step(p)
-    assert not p.any()
-    assert (info.converged, info.step_norm) == (True, 0)
+    for told in (True, False):
+        p = weight(inputs, spd(OUT), told)
+        p.grad.zero_()
+        if told:
+            nothing = torch.zeros(len(inputs), OUT, dtype=inputs.dtype)
+            p.hessian = RowsBlock(p.hessian.outer, inputs, 1 / len(inputs), nothing)
+        info = step(p)
+        assert not p.any()
+        assert (info.converged, info.step_norm) == (True, 0)
 
 
 def model_and_loss() -> tuple[hbp.HBPModule, Callable[[], None]]:
@@ -259,9 +258,8 @@ def model_and_loss() -> tuple[hbp.HBPModule, Callable[[], None]]:
     return model, send_back
 
 
-def test_layers_tell_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_tell_their_blocks(bases: list[torch.Size]) -> None:
     """A network's own gradients are recognised, and torch's generators untouched."""
-    made = counting(monkeypatch)
     model, send_back = model_and_loss()
     send_back()
     expected = [
@@ -270,13 +268,12 @@ def test_layers_tell_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     before, state = values(model), torch.get_rng_state()
     hbp.CGNewton(model.parameters(), 1.0, ALPHA, **EXACTLY).step()
     assert torch.equal(torch.get_rng_state(), state)
-    assert made == ["_RowReduction"] * 2
+    assert bases == []
     for p, old, d in zip(model.parameters(), before, expected, strict=True):
         close((p - old).flatten(), d, rtol=1e-8, atol=1e-10)
 
 
-def test_gradients_with_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = counting(monkeypatch)
+def test_gradients_with_weight_decay(bases: list[torch.Size]) -> None:
     model, send_back = model_and_loss()
     send_back()
     for p in model.parameters():
@@ -286,7 +283,7 @@ def test_gradients_with_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     before = values(model)
     hbp.CGNewton(model.parameters(), 1.0, ALPHA, **EXACTLY).step()
-    assert made == ["_SpanReduction"] * 2
+    assert bases == [(4, 2), (5, 2)]
     for p, old, d in zip(model.parameters(), before, expected, strict=True):
         close((p - old).flatten(), d, rtol=1e-8, atol=1e-10)
 
