@@ -318,7 +318,7 @@ def test_a_compiled_layer_still_records() -> None:
     vars(layer)["_compiled_call_impl"] = lambda x: x
     twin = hbp.convert(layer)
     twin(torch.ones(1, 2))
-    assert twin._record is not None
+    assert twin.last_record is not None
 
 
 # --------------------------------------------------------------------------------------

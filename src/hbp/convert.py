@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from hbp.core.jacobians import Jacobian
 from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import SymmetricOperator
 from hbp.layers.shape import HBPReshape
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def convert(model: nn.Module) -> HBPModule:
@@ -53,15 +55,15 @@ def convert(model: nn.Module) -> HBPModule:
             f"model is a {type(model).__name__}; it must be a torch.nn.Module."
         )
     _refuse_tied(model)
-    return _Conversion().twin(model, path="")
+    return _twin(model, "", set())
 
 
-# Layers: nn.X becomes HBPX.
+# Layers: nn.X becomes HBPX. Errors list them in this order.
+_NAMES = [key[3:] for key in ("HBPLinear", *vars(layers)) if key.startswith("HBP")]
 _LAYERS: dict[type[nn.Module], type[HBPModule]] = {
-    getattr(nn, name.removeprefix("HBP")): kind
-    for name, kind in vars(layers).items()
-    if name.startswith("HBP") and name not in ("HBPModule", "HBPSequential")
-    if hasattr(nn, name.removeprefix("HBP"))
+    getattr(nn, name): getattr(layers, f"HBP{name}")
+    for name in _NAMES
+    if hasattr(nn, name) and name not in ("Module", "Sequential")
 }
 
 
@@ -69,86 +71,29 @@ def _flatten(start_dim: int = 0, end_dim: int = -1) -> HBPModule:
     return layers.HBPFlatten(start_dim, end_dim)
 
 
-def _max_pool(kind: Callable[..., HBPModule]) -> Callable[..., HBPModule]:
-    """The layer's constructor, with its arguments in the function's order."""
-
-    def build(
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> HBPModule:
-        options = dilation, return_indices, ceil_mode
-        return kind(kernel_size, stride or None, padding, *options)
-
-    return build
-
-
-def _dropout(kind: Callable[..., HBPModule]) -> Callable[..., HBPModule]:
-    """The layer's constructor; ``_trace`` has seen ``training`` follow the module."""
-
-    def build(
-        p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> HBPModule:
-        return kind(p, inplace)
-
-    return build
-
-
 # Functions, and methods of tensors by name: what makes an HBP layer of the arguments
-# after the first, which is the tensor. Several are the same for torch.fx.
-_FUNCTIONS: dict[Any, Callable[..., HBPModule]] = {
-    F.relu: layers.HBPReLU,
-    torch.relu: layers.HBPReLU,
-    "relu": layers.HBPReLU,
-    F.sigmoid: layers.HBPSigmoid,
-    torch.sigmoid: layers.HBPSigmoid,
-    "sigmoid": layers.HBPSigmoid,
-    F.tanh: layers.HBPTanh,
-    torch.tanh: layers.HBPTanh,
-    "tanh": layers.HBPTanh,
-    F.relu6: layers.HBPReLU6,
-    F.leaky_relu: layers.HBPLeakyReLU,
-    F.elu: layers.HBPELU,
-    F.selu: layers.HBPSELU,
-    F.celu: layers.HBPCELU,
-    F.gelu: layers.HBPGELU,
-    F.silu: layers.HBPSiLU,
-    F.mish: layers.HBPMish,
-    F.softplus: layers.HBPSoftplus,
-    F.softsign: layers.HBPSoftsign,
-    F.logsigmoid: layers.HBPLogSigmoid,
-    F.hardtanh: layers.HBPHardtanh,
-    F.hardswish: layers.HBPHardswish,
-    F.max_pool1d: _max_pool(layers.HBPMaxPool1d),
-    F.max_pool2d: _max_pool(layers.HBPMaxPool2d),
-    F.max_pool3d: _max_pool(layers.HBPMaxPool3d),
-    F.avg_pool1d: layers.HBPAvgPool1d,
-    F.avg_pool2d: layers.HBPAvgPool2d,
-    F.avg_pool3d: layers.HBPAvgPool3d,
-    F.adaptive_avg_pool1d: layers.HBPAdaptiveAvgPool1d,
-    F.adaptive_avg_pool2d: layers.HBPAdaptiveAvgPool2d,
-    F.adaptive_avg_pool3d: layers.HBPAdaptiveAvgPool3d,
-    F.dropout: _dropout(layers.HBPDropout),
-    F.dropout1d: _dropout(layers.HBPDropout1d),
-    F.dropout2d: _dropout(layers.HBPDropout2d),
-    F.dropout3d: _dropout(layers.HBPDropout3d),
-    torch.flatten: _flatten,
-    "flatten": _flatten,
+# after the first, which is the tensor. Several are the same for torch.fx. A layer
+# without weights takes the arguments of F's function of the same name, by their names.
+_WITHOUT_WEIGHTS = {
+    layer.__name__.lower(): kind
+    for layer, kind in _LAYERS.items()
+    if not hasattr(layer, "reset_parameters")
 }
+_FUNCTIONS: dict[Any, Callable[..., HBPModule]] = {
+    function: _WITHOUT_WEIGHTS[name.replace("_", "")]
+    for name, function in vars(F).items()
+    # F.relu_ works in place, and F._max_pool1d is torch's own.
+    if name == name.strip("_") and name.replace("_", "") in _WITHOUT_WEIGHTS
+}
+for _name in ("relu", "sigmoid", "tanh"):
+    _FUNCTIONS[getattr(torch, _name)] = _FUNCTIONS[getattr(F, _name)]
+    _FUNCTIONS[_name] = _FUNCTIONS[getattr(F, _name)]
+_FUNCTIONS |= {torch.flatten: _flatten, "flatten": _flatten}
 _RESHAPES = (torch.reshape, "reshape", "view")
 _IN_PLACE_SUMS = (operator.iadd, "add_")
 _SUMS = (operator.add, torch.add, "add", *_IN_PLACE_SUMS)
+_STEPS = (*_FUNCTIONS, *_RESHAPES, *_SUMS)
 _SHAPES = (getattr, operator.getitem, "size")
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 class Converted(HBPModule):
@@ -171,8 +116,7 @@ class Converted(HBPModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """What the module's ``forward`` computes."""
-        output: Tensor = self._chain(input)
-        return output
+        return self._chain(input)
 
     def pull_back(
         self, H: SymmetricOperator, reading: Reading, further: bool
@@ -193,73 +137,58 @@ class Converted(HBPModule):
         super().__setattr__(name, value)
 
 
-class _Conversion:
-    """One call of ``convert``; it knows which layers it has met."""
-
-    def __init__(self) -> None:
-        self._met: dict[nn.Module, str] = {}
-
-    def twin(self, module: nn.Module, path: str) -> HBPModule:
-        if isinstance(module, HBPModule) and not isinstance(module, HBPSequential):
-            self._meet(module, path)
-            return module
-        kind = _LAYERS.get(type(module))
-        is_sequential = type(module).forward is nn.Sequential.forward
-        # torch's other layers, and subclasses, are no chains of HBP layers.
-        foreign = type(module).__module__.partition(".")[0] == "torch"
-        foreign = foreign or isinstance(module, tuple(_LAYERS))
-        if foreign and not (kind or is_sequential):
-            raise _unsupported(f"{_named(path)}: {module}")
-        _refuse_changed(module, path)
-        if kind is not None:
-            if any(True for _ in _state(module)):
-                self._meet(module, path)
-            return _share(module, kind)
-        if is_sequential:
-            return self._sequential(module, path)
-        return _Reading(self, module, path).twin()
-
-    def _meet(self, module: nn.Module, path: str) -> None:
-        if module in self._met:
-            raise ValueError(
-                f"{_named(path)} ({type(module).__name__}) is used twice. It records "
-                "one forward pass, so its curvature would be wrong; use two layers."
-            )
-        self._met[module] = path
-
-    def _sequential(self, module: nn.Module, path: str) -> HBPModule:
-        # Not named_children(), which leaves out a layer that occurs again.
-        twins: OrderedDict[str, nn.Module] = OrderedDict(
-            (name, self.twin(child, _join(path, name)))
-            for name, child in module._modules.items()
-            if child is not None
-        )
-        twin = HBPSequential(twins)
-        twin.training = module.training
-        _refuse_unused(module, twin, path)
-        return twin
-
-
-def _share(layer: nn.Module, kind: type[HBPModule]) -> HBPModule:
-    """A layer of another class in the same state; nothing is drawn or allocated."""
-    twin = kind.__new__(kind)
-    twin.__setstate__(_copied_state(layer))
+def _twin(module: nn.Module, path: str, met: set[nn.Module]) -> HBPModule:
+    """The twin of what has that name in the model; layers are added to ``met``."""
+    if isinstance(module, HBPModule) and not isinstance(module, HBPSequential):
+        _meet(module, path, met)
+        return module
+    kind = _LAYERS.get(type(module))
+    is_sequential = type(module).forward is nn.Sequential.forward
+    # torch's other layers, and subclasses, are no chains of HBP layers.
+    foreign = type(module).__module__.partition(".")[0] == "torch"
+    foreign = foreign or isinstance(module, tuple(_LAYERS))
+    if foreign and not (kind or is_sequential):
+        raise _unsupported(f"{path or 'the model'}: {module}")
+    _refuse_changed(module, path)
+    if kind is not None:
+        if any(True for _ in _state(module)):
+            _meet(module, path, met)
+        layer = _copied(module, kind)
+        layer.__setstate__({})  # Parameters get their hessian, None.
+        return layer
+    if not is_sequential:
+        return _Reading(module, path, met).twin()
+    # Not named_children(), which leaves out a layer that occurs again.
+    children: OrderedDict[str, nn.Module] = OrderedDict(
+        (name, _twin(child, _join(path, name), met))
+        for name, child in module._modules.items()
+        if child is not None
+    )
+    twin = HBPSequential(children)
+    twin.training = module.training
+    _refuse_unused(module, twin, path)
     return twin
 
 
-def _copied_state(module: nn.Module) -> dict[str, Any]:
-    """What makes a module, with dictionaries of its own, but the same tensors."""
-    state = vars(module).items()
-    return {
-        name: copy.copy(value) if isinstance(value, dict | list | set) else value
-        for name, value in state
-        if name != "_compiled_call_impl"  # It would run the user's layer instead.
-    }
+def _meet(layer: nn.Module, path: str, met: set[nn.Module]) -> None:
+    if layer in met:
+        raise ValueError(
+            f"{_named(layer, path)} is used twice. It records one forward pass, so its "
+            "curvature would be wrong; use two layers."
+        )
+    met.add(layer)
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    twin = type(module).__new__(type(module))
-    vars(twin).update(_copied_state(module))
+def _copied(module: nn.Module, kind: type[M]) -> M:
+    """One of another class, with dictionaries of its own, but the same tensors.
+
+    Nothing is drawn or allocated.
+    """
+    twin = kind.__new__(kind)
+    for name, value in vars(module).items():
+        if name != "_compiled_call_impl":  # It would run the user's layer instead.
+            is_shared = not isinstance(value, dict | list | set)
+            vars(twin)[name] = value if is_shared else copy.copy(value)
     return twin
 
 
@@ -268,8 +197,8 @@ class _Proxy(fx.Proxy):  # type: ignore[no-any-unimported, misc, unused-ignore]
     """What stands for a tensor; torch.fx itself takes ``+=`` for ``+``."""
 
     def __iadd__(self, other: Any) -> Any:
-        arguments = (self, other)
-        return self.tracer.create_proxy("call_function", operator.iadd, arguments, {})
+        step = "call_function", operator.iadd
+        return self.tracer.create_proxy(*step, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
@@ -286,15 +215,14 @@ class _Reading:
     """The ``forward`` of a module, read as a chain of layers and shortcuts.
 
     Args:
-        conversion: What makes twins of the children.
         module: A module with a forward of its own.
         path: Its name in the model.
+        met: The layers that were met before.
     """
 
-    def __init__(self, conversion: _Conversion, module: nn.Module, path: str) -> None:
-        self._conversion = conversion
-        self._module, self._path = module, path
-        self._where = f"the forward of {_named(path)} ({type(module).__name__})"
+    def __init__(self, module: nn.Module, path: str, met: set[nn.Module]) -> None:
+        self._module, self._path, self._met = module, path, met
+        self._where = f"the forward of {_named(module, path)}"
         self._graph = self._trace()
         self._children: dict[str, HBPModule] = {}
         self._made: dict[fx.Node, HBPModule] = {}
@@ -303,7 +231,9 @@ class _Reading:
         self._before: dict[fx.Node, fx.Node] = {}
         for node in self._graph.nodes:
             if node.op.startswith("call") and node.target not in _SHAPES:
-                self._before[node] = self._fork(self._operands(node))
+                values = self._operands(node)
+                past = set(self._line(values[-1]))
+                self._before[node] = next(v for v in self._line(values[0]) if v in past)
 
     def twin(self) -> HBPModule:
         chain = HBPSequential(*self._steps(*self._ends()))
@@ -315,7 +245,10 @@ class _Reading:
         named = {layer for child in children.values() for layer in child.modules()}
         for node in reversed(self._made):
             if self._made[node] not in named:
-                children[_free(node.name, children)] = self._made[node]
+                name = node.name
+                while name in children:
+                    name += "_"
+                children[name] = self._made[node]
         twin = Converted(chain, children)
         twin.training = self._module.training
         return twin
@@ -332,7 +265,7 @@ class _Reading:
 
     def _traced(self, training: bool) -> fx.Graph:
         # What forward may assign to self, and torch.fx does, goes to a copy.
-        stand_in = _shallow_copy(self._module)
+        stand_in = _copied(self._module, type(self._module))
         stand_in.training = training
         try:
             return _Tracer().trace(stand_in)
@@ -345,7 +278,7 @@ class _Reading:
     def _ends(self) -> tuple[fx.Node, fx.Node]:
         """The output and the input."""
         inputs = [node for node in self._graph.nodes if node.op == "placeholder"]
-        (result,) = next(node for node in self._graph.nodes if node.op == "output").args
+        (result,) = list(self._graph.nodes)[-1].args
         if len(inputs) != 1 or not isinstance(result, fx.Node):
             raise self._error("it must take one tensor and return one")
         self._require_value(result)
@@ -353,12 +286,7 @@ class _Reading:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The values that a step takes: one, or the two of a sum."""
-        known = node.op == "call_module" or node.target in (
-            *_FUNCTIONS,
-            *_RESHAPES,
-            *_SUMS,
-        )
-        if not known:
+        if node.op != "call_module" and node.target not in _STEPS:
             raise _unsupported(f"{_described(node)} in {self._where}")
         count = 2 if node.target in _SUMS else 1
         operands = [value for value in node.args[:count] if isinstance(value, fx.Node)]
@@ -380,13 +308,6 @@ class _Reading:
     def _require_value(self, node: fx.Node) -> None:
         if node.op != "placeholder" and node not in self._before:
             raise _unsupported(f"{_described(node)} in {self._where}")
-
-    def _fork(self, operands: list[fx.Node]) -> fx.Node:
-        first = operands[0]
-        if len(operands) == 1:
-            return first
-        past = set(self._line(operands[1]))
-        return next(node for node in self._line(first) if node in past)
 
     def _line(self, node: fx.Node) -> Iterator[fx.Node]:
         """The values that all paths to a value go through, from it to the input."""
@@ -428,9 +349,11 @@ class _Reading:
             twin = HBPReshape(*self._shape(node))
             twin.training = self._module.training
         else:
-            options = node.args[1:], node.kwargs
-            self._require_constant(node, options)
-            twin = _FUNCTIONS[node.target](*options[0], **options[1])
+            sizes, options = node.args[1:], node.kwargs
+            self._require_constant(node, (sizes, options))
+            # _trace has seen that training follows the module; stride=[] is no stride.
+            options = {k: v for k, v in options.items() if k != "training" and v != []}
+            twin = _FUNCTIONS[node.target](*sizes, **options)
             twin.training = self._module.training
         self._made[node] = twin
         return twin
@@ -442,7 +365,7 @@ class _Reading:
                 f"self.{name} is called with other arguments than one tensor"
             )
         child = self._module.get_submodule(name)
-        twin = self._conversion.twin(child, _join(self._path, name))
+        twin = _twin(child, _join(self._path, name), self._met)
         self._children[name] = twin
         return twin
 
@@ -478,7 +401,7 @@ class _Reading:
             elif child is not None and any(
                 used.startswith(f"{path}.") for used in self._children
             ):
-                container = _shallow_copy(child)
+                container = _copied(child, type(child))
                 container._modules = dict(self._tree(child, f"{path}."))
                 yield name, container
 
@@ -491,18 +414,13 @@ class _Reading:
 
 def _summary(graph: fx.Graph, training: bool) -> list[tuple[Any, ...]]:
     """All that is done, but for options that say that this is training, or is not."""
-
-    def options(node: fx.Node) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in node.kwargs.items()
-            if not (name == "training" and value is training)
-        }
-
-    return [
-        (node.op, node.target, str(node.args), str(options(node)))
-        for node in graph.nodes
-    ]
+    steps = []
+    for node in graph.nodes:
+        options = dict(node.kwargs)
+        if options.get("training") is training:
+            del options["training"]
+        steps.append((node.op, node.target, str(node.args), str(options)))
+    return steps
 
 
 def _is_batch_size(size: Any) -> bool:
@@ -518,18 +436,12 @@ def _is_empty(module: nn.Module) -> bool:
     return isinstance(module, HBPSequential) and all(map(_is_empty, module))
 
 
-def _free(name: str, taken: Iterable[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name
-
-
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}".lstrip(".")
 
 
-def _named(path: str) -> str:
-    return path or "the model"
+def _named(module: nn.Module, path: str) -> str:
+    return f"{path or 'the model'} ({type(module).__name__})"
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -560,8 +472,9 @@ def _refuse_unused(module: nn.Module, twin: nn.Module, path: str) -> None:
 
 
 def _refuse_changed(module: nn.Module, path: str) -> None:
-    what = f"{path or 'The model'} ({type(module).__name__})"
-    if any(getattr(module, name) for name in _HOOKS):
+    what = _named(module, path or "The model")
+    kinds = "forward", "forward_pre", "backward", "backward_pre"
+    if any(getattr(module, f"_{kind}_hooks") for kind in kinds):
         raise ValueError(
             f"{what} has hooks, which convert() would lose. Remove them first."
         )
@@ -578,7 +491,7 @@ def _unsupported(what: str) -> TypeError:
 
 def _supported() -> str:
     layers = ", ".join(f"nn.{kind.__name__}" for kind in _LAYERS)
-    functions = dict.fromkeys(map(_function_name, (*_FUNCTIONS, *_RESHAPES, *_SUMS)))
+    functions = dict.fromkeys(map(_function_name, _STEPS))
     return (
         f"Supported are {layers}, nn.Sequential and HBP layers, and modules whose "
         f"forward chains these and {', '.join(functions)}."
@@ -595,12 +508,6 @@ def _described(node: fx.Node) -> str:
 def _function_name(function: Any) -> str:
     if isinstance(function, str):
         return f"Tensor.{function}"
+    homes = {"torch.nn.functional": "F", "torch._C._nn": "F", "_operator": "operator"}
     home = str(function.__module__)
-    return f"{_HOMES.get(home, home)}.{function.__name__}"
-
-
-_HOMES = {
-    "torch.nn.functional": "F",
-    "torch._C._nn": "F",
-    "_operator": "operator",
-}
+    return f"{homes.get(home, home)}.{function.__name__}"
