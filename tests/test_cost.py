@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hbp
-from hbp.optim.lockstep import CHECK_EVERY
+from hbp.core.settings import CHECK_EVERY
+from hbp.operators import DenseOperator
 
 SOLVERS = pytest.mark.parametrize("solver", ["cg", "direct"])
 TREATMENTS = pytest.mark.parametrize("treatment", [None, "zero", "abs", "clip"])
@@ -265,6 +266,41 @@ def test_a_gpu_waits_no_more_often_than_it_is_read(solver: str, depth: int) -> N
 
 
 # --------------------------------------------------------------------------------------
+# Products.
+# --------------------------------------------------------------------------------------
+
+
+class Counting(DenseOperator):
+    """A matrix that counts its products."""
+
+    products = 0
+
+    def product(self, rows: Tensor) -> Tensor:
+        self.products += 1
+        return super().product(rows)
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("samples", [4, 40])
+def test_one_product_serves_a_weight_and_its_bias(average: bool, samples: int) -> None:
+    """As many as one of them needs; with averaged products one for all columns too."""
+    torch.manual_seed(0)
+    layer = hbp.HBPLinear(12, 10).double()
+    layer.set_hbp_approximation(average_parameter_jacobian=average)
+    outputs = layer(torch.rand(samples, 12).double())
+    loss = nn.CrossEntropyLoss()(outputs, torch.arange(samples) % 10)
+    H = Counting(hbp.batch_summed_hessian(loss, outputs))
+    loss.backward()
+    layer.backward_hessian(H)
+    optimizer = hbp.CGNewton(layer.parameters(), 0.1, 0.02, cg_tol=1e-6)
+    optimizer.step()
+    infos = [optimizer.last_step[p] for p in layer.parameters()]
+    assert min(info.iterations for info in infos) > CHECK_EVERY
+    most = max(info.iterations for info in infos)
+    assert H.products <= math.ceil(most / CHECK_EVERY) * CHECK_EVERY
+
+
+# --------------------------------------------------------------------------------------
 # Memory.
 # --------------------------------------------------------------------------------------
 
@@ -376,12 +412,11 @@ def recorded(model: nn.Module, x_bytes: int) -> int:
     """
     storages = {}
     for module in model.modules():
-        if isinstance(module, hbp.HBPModule) and module._record is not None:
-            for name in ("_kept", "output_gradient"):
-                tensor = getattr(module._record, name, None)
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
+        record = vars(module).get("last_record")
+        for tensor in vars(record).values() if record is not None else []:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values()) - x_bytes
 
 
