@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,7 +53,7 @@ def default_step() -> Walk:
     """The walk of one step; the first ones warm up what is set up once."""
     torch.manual_seed(0)
     layers: list[hbp.HBPModule] = []
-    for inputs, outputs in zip(SIZES, SIZES[1:], strict=False):
+    for inputs, outputs in pairwise(SIZES):
         layers += [hbp.HBPLinear(inputs, outputs), hbp.HBPSigmoid()]
     model = hbp.HBPSequential(*layers[:-1])
     images, labels = torch.rand(100, SIZES[0]), torch.randint(SIZES[-1], (100,))

@@ -39,6 +39,9 @@ from torch.func import vmap
 from .operators import Congruence, DenseOperator, KroneckerBlock, Repeated, Watched
 from .operators import SymmetricOperator as Operator
 
+Term = Operator | None
+"""R: a second-order term, modified, as an operator; None for 0."""
+
 
 class Batch:
     """Where means over the batch come from: here, from the samples of this process.
@@ -75,9 +78,9 @@ class Batch:
         """The exact block of the batch, from that of the samples of this process."""
         return block
 
-    def congruence(self, J: Jacobian, H: Operator, term: Operator | None) -> Operator:
+    def congruence(self, J: Jacobian, H: Operator, R: Term) -> Operator:
         """JᵀHJ + R of one virtual sample."""
-        return J.congruence(H, term)
+        return J.congruence(H, R)
 
     def weight_block(self, H: Operator, x: Tensor, delta: Tensor | None) -> Operator:
         """H ⊗ E[xxᵀ] from x, [N, in]; gradients may be δᵀx, δ = ∂loss/∂z, [N, out]."""
@@ -118,7 +121,7 @@ class Jacobian:
     Attributes:
         in_size: Entries of what ``jvp`` takes.
         out_size: Entries of what ``jvp`` returns.
-        matrix: W, where z = Wx for every sample.
+        matrix: W, if z = Wx for every sample.
         parts: What J is made of, if it is made of others.
     """
 
@@ -160,28 +163,24 @@ class Jacobian:
         """E[J], of one virtual sample."""
         return self.with_data(None if self.data is None else batch.mean(self.data), 1)
 
-    def congruence(self, H: Operator, term: Operator | None = None) -> Operator:
+    def congruence(self, H: Operator, R: Term = None) -> Operator:
         """JᵀHJ + R: what all three readings end in."""
-        return Congruence(H, self, term)
+        return Congruence(H, self, R)
 
-    def mean_congruence(
-        self, H: Operator, term: Operator | None, batch: Batch
-    ) -> Operator:
+    def mean_congruence(self, H: Operator, R: Term, batch: Batch) -> Operator:
         """E[JᵀHJ] + R: every sample gets 1/N of H, and its own J; eq-averaging."""
         each = batch.of_all(self)
         path: Jacobian = each
         if not self.of_parameter:
             path = Chain([Spread(self.in_shape, self.in_shape, each.samples), each])
-        return Congruence(Repeated(H, each.samples), path, term)
+        return Congruence(Repeated(H, each.samples), path, R)
 
 
 class SharedJacobian(Jacobian):
     """One J for every sample: averaging it, or products with it, is the same."""
 
-    def mean_congruence(
-        self, H: Operator, term: Operator | None, batch: Batch
-    ) -> Operator:
-        return self.mean(batch).congruence(H, term)
+    def mean_congruence(self, H: Operator, R: Term, batch: Batch) -> Operator:
+        return self.mean(batch).congruence(H, R)
 
 
 class Matrix(SharedJacobian):
@@ -214,16 +213,14 @@ class Diagonal(Jacobian):
 
     vjp = jvp
 
-    def mean_congruence(
-        self, H: Operator, term: Operator | None, batch: Batch
-    ) -> Operator:
+    def mean_congruence(self, H: Operator, R: Term, batch: Batch) -> Operator:
         """E[ddᵀ] ⊙ H, where that fits; eq-averaging."""
         if not H.fits:
-            return super().mean_congruence(H, term, batch)
+            return super().mean_congruence(H, R, batch)
         d = self.data.flatten(1)
         matrix = batch.mean_of_sum(d.T @ d, len(d)) * H.to_dense()
-        if term is not None:
-            matrix.diagonal().add_(term.diagonal())
+        if R is not None:
+            matrix.diagonal().add_(R.diagonal())
         return DenseOperator(matrix)
 
 
@@ -272,8 +269,8 @@ class Rearrangement(SharedJacobian):
 
     vjp = jvp
 
-    def congruence(self, H: Operator, term: Operator | None = None) -> Operator:
-        return H if term is None else super().congruence(H, term)
+    def congruence(self, H: Operator, R: Term = None) -> Operator:
+        return H if R is None else super().congruence(H, R)
 
 
 class Selection(Jacobian):
@@ -346,14 +343,12 @@ class Weight(Jacobian):
         outputs = rows.reshape(len(rows), self.samples, -1)
         return (outputs.mT @ self.data).flatten(1)
 
-    def congruence(self, H: Operator, term: Operator | None = None) -> Operator:
+    def congruence(self, H: Operator, R: Term = None) -> Operator:
         """Of one sample, H ⊗ xxᵀ."""
         one = self.samples == 1
-        return KroneckerBlock(H, self.data) if one else super().congruence(H, term)
+        return KroneckerBlock(H, self.data) if one else super().congruence(H, R)
 
-    def mean_congruence(
-        self, H: Operator, term: Operator | None, batch: Batch
-    ) -> Operator:
+    def mean_congruence(self, H: Operator, R: Term, batch: Batch) -> Operator:
         """H ⊗ E[xxᵀ]."""
         return batch.weight_block(H, self.data, self._delta)
 
@@ -377,9 +372,9 @@ class Bias(SharedJacobian):
     def vjp(self, rows: Tensor) -> Tensor:
         return rows.reshape(len(rows), self.samples, self.in_size, -1).sum((1, 3))
 
-    def congruence(self, H: Operator, term: Operator | None = None) -> Operator:
+    def congruence(self, H: Operator, R: Term = None) -> Operator:
         """H itself where the map is the identity."""
-        return H if self.in_size == self.out_size else super().congruence(H, term)
+        return H if self.in_size == self.out_size else super().congruence(H, R)
 
 
 class Bilinear(Jacobian):

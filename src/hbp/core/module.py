@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from .guards import full_precision, is_narrow, is_number
-from .jacobians import Batch, Jacobian, as_batch
+from .jacobians import Batch, Jacobian, Term, as_batch
 from .operators import DiagonalOperator, SampleBlocks, ZeroOperator, as_operator
 from .operators import SymmetricOperator as Operator
 
@@ -71,7 +71,7 @@ class Reading:
     statistics: list[tuple[Tensor, str, nn.Module]] = field(default_factory=list)
 
     def through(
-        self, H: Operator, J: Jacobian, of: HBPModule, average: bool, R: Operator | None
+        self, H: Operator, J: Jacobian, of: HBPModule, average: bool, R: Term
     ) -> Operator:
         """JᵀHJ + R as the batch is read: exact, E[J]ᵀ H E[J] + R, or E[JᵀHJ] + R."""
         if isinstance(H, ZeroOperator):

@@ -453,8 +453,9 @@ def _check_options(options: dict[str, Any]) -> None:
     if not (is_number(lr) and 0 <= float(lr) < math.inf):
         raise ValueError(f"lr={lr!r} must be a finite number that is not negative.")
     check_alpha(options["alpha"])
-    cg = [options[f"cg_{name}"] for name in ("tol", "atol", "maxiter")]
-    check_cg_options(*cg, "cg_")
+    check_cg_options(
+        options["cg_tol"], options["cg_atol"], options["cg_maxiter"], "cg_"
+    )
     # An array has no truth value; a comparison must not answer with its own error.
     if not (isinstance(solver, str) and solver in ("cg", "direct")):
         raise ValueError(
