@@ -115,6 +115,21 @@ class JointOperator(SymmetricOperator):
     def product(self, rows: Tensor) -> Tensor:
         return self._mean(self._own.product(rows))
 
+    @staticmethod
+    def products(pairs: Sequence[tuple[SymmetricOperator, Tensor]]) -> list[Tensor]:
+        """As of any operators, but exchanged in one message."""
+        groups: dict[ProcessGroup, list[Tensor]] = {}
+        found = []
+        for operator, rows in pairs:
+            if isinstance(operator, JointOperator):
+                found.append(operator._own.product(rows).clone())
+                groups.setdefault(operator._process_group, []).append(found[-1])
+            else:
+                found.append(operator.product(rows))
+        for process_group, together in groups.items():
+            average(together, process_group)
+        return found
+
     def _dense(self) -> Tensor:
         return self._mean(self._own.to_dense())
 

@@ -408,10 +408,10 @@ def _damped(
             start += len(rows)
 
         def product(p: Tensor) -> Tensor:
-            Ap = p * alpha
-            for H, span, scale in runs:
-                n = H.shape[0]
-                Ap[span, :n].addcmul_(H.product(p[span, :n]), scale)
+            Ap, pairs = p * alpha, [(H, p[span, : H.shape[0]]) for H, span, _ in runs]
+            products = runs[0][0].products(pairs)
+            for (H, span, scale), Hp in zip(runs, products, strict=True):
+                Ap[span, : H.shape[0]].addcmul_(Hp, scale)
             return Ap
 
         return product

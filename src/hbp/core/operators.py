@@ -138,6 +138,11 @@ class SymmetricOperator(ABC):
     def product(self, rows: Tensor) -> Tensor:
         """A v for each row v, [k, n] → [k, n]. Arguments go unchecked."""
 
+    @staticmethod
+    def products(pairs: Sequence[tuple[SymmetricOperator, Tensor]]) -> list[Tensor]:
+        """Products of several operators, each with rows of its own."""
+        return [operator.product(rows) for operator, rows in pairs]
+
     def require_fresh(self) -> None:
         """Raise RuntimeError if a tensor has changed that a product would read."""
         for watched in self.reads:
