@@ -70,9 +70,10 @@ def test_code_and_page_cite_each_other() -> None:
 def test_layers_cite_their_rules() -> None:
     """What reads the source finds a class by its docstring, a method by a comment."""
     cited = hook.cited_in(ROOT / "src" / "hbp")
-    assert ("hbp.modules.linear", "HBPLinear") in cited["eq-linear"]
-    assert ("hbp.operators", "KroneckerBlock._product") in cited["eq-linear-product"]
-    assert ("hbp.curvature", "") in cited["eq-hbp"]
+    assert ("hbp.core.layers.linear", "HBPLinear") in cited["eq-linear"]
+    product = "hbp.core.operators", "KroneckerBlock.product"
+    assert product in cited["eq-linear-product"]
+    assert ("hbp.core.module", "") in cited["eq-hbp"]
 
 
 class TestHook:

@@ -1,8 +1,8 @@
 """Draw docs/assets/layout.svg: the way of one matrix through the code.
 
 The squares are what the code really handles, in a network 4 -> Linear -> 5 -> Sigmoid
--> 5 -> Linear -> 3 at one sample, on the way to the first weight; the darker a cell, the
-larger its entry.
+-> 5 -> Linear -> 3 at one sample, on the way to the first weight; the stronger a cell,
+the larger its entry.
 
     python tools/draw_layout.py
 """
@@ -45,11 +45,11 @@ STYLE = """
 .hbp-layout .hook{fill:var(--paper);stroke:var(--back);stroke-dasharray:5 3}
 .hbp-layout .way{stroke:var(--ahead);stroke-width:2.2;fill:none}
 .hbp-layout .joins{stroke:var(--back);stroke-width:1.6;stroke-dasharray:5 3;fill:none}
-.hbp-layout #way path{fill:var(--ahead)}
-.hbp-layout #joins path{fill:var(--back)}
+.hbp-layout #head-way path{fill:var(--ahead)}
+.hbp-layout #head-joins path{fill:var(--back)}
 .hbp-layout .cell{fill:var(--ahead)}
 """
-LEVELS = 4  # of darkness
+LEVELS = 4  # of strength
 
 
 def matrices() -> list[Tensor]:
@@ -77,7 +77,7 @@ def matrices() -> list[Tensor]:
 
 
 def grid(matrix: Tensor, centre: float, middle: float, cell: float) -> str:
-    """Draw a matrix as a grid of cells, the larger an entry the darker."""
+    """Draw a matrix as a grid of cells, the larger an entry the stronger."""
     # The cube root lets small entries be seen beside the largest.
     scaled = (matrix.abs() / matrix.abs().max()) ** (1 / 3)
     level = (LEVELS * scaled).round().int()
@@ -103,13 +103,13 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
 
 def arrow(way: str, kind: str) -> str:
     """Draw an arrow along a path; its kind is "way" or "joins"."""
-    return f'<path class="{kind}" marker-end="url(#{kind})" d="{way}"/>'
+    return f'<path class="{kind}" marker-end="url(#head-{kind})" d="{way}"/>'
 
 
 def head(kind: str) -> str:
     """Define the head of one kind of arrow."""
     return (
-        f'<marker id="{kind}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="9" '
+        f'<marker id="head-{kind}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="9" '
         'markerHeight="9" markerUnits="userSpaceOnUse" orient="auto">'
         '<path d="M0 0L8 4L0 8z"/></marker>'
     )
