@@ -918,8 +918,8 @@ print(f"separate {kept:.0%}, joint {kept_jointly:.0%}")
 
 # %% [markdown] tags=["solution"]
 # Much of what separate blocks drop is between a weight and the bias
-# of its own layer. With `set_hbp_blocks(joint_bias=True)` `CGNewton`
-# [solves for both at once](../docs/exact.md#joint).
+# of its own layer. `hbp` drops it as well: a block belongs to one
+# parameter.
 
 # %% [markdown]
 # **Exercise 4.** For regression, take `nn.MSELoss` and the unit

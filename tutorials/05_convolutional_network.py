@@ -760,8 +760,7 @@ print("Exact products first in epochs, Adam first in seconds.")
 # %% [markdown]
 # ## Read on
 #
-# - [Exact products](../docs/exact.md): the how-to, with sub-blocks
-#   and joint blocks of weight and bias.
+# - [Exact products](../docs/exact.md): the how-to, with sub-blocks.
 # - [The mathematics](../docs/mathematics.md#exact), where the rules
 #   come from.
 # - [When curvature pays](06_when_curvature_pays.ipynb) races the
