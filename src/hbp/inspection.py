@@ -22,21 +22,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from hbp.blocks import BlockDiagonal
-from hbp.core.guards import full_precision
-from hbp.core.operators import (
-    Congruence,
-    KroneckerBlock,
-    MatrixFree,
-    SymmetricOperator,
-    check_alpha,
-)
+from hbp.core.guards import full_precision, is_count, is_number
+from hbp.core.operators import Congruence, KroneckerBlock, MatrixFree, check_alpha
+from hbp.core.operators import SymmetricOperator as Operator
 
 SMALL: Final = 1024
 """Up to this many rows a matrix is decomposed: 0.1 s on one core, in float64."""
@@ -155,21 +150,18 @@ class CurvatureReport:
         header += (f"cond(α={self.alpha:g})", "negative mass", "share")
         cells = [header, *(_cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = []
-        for line in cells:
-            # Names to the left, numbers to the right.
-            left = [cell.ljust(w) for cell, w in zip(line[:2], widths, strict=False)]
-            right = [
-                cell.rjust(w) for cell, w in zip(line[2:], widths[2:], strict=True)
-            ]
-            lines.append("  ".join(left + right))
+        sides = "<<>>>>>>"  # Names to the left, numbers to the right.
+        lines = [
+            "  ".join(f"{cell:{side}{width}}" for cell, side, width in columns)
+            for columns in (zip(line, sides, widths, strict=True) for line in cells)
+        ]
         return "\n".join(lines)
 
 
 @torch.no_grad()
 @full_precision()
 def extremal_eigenvalues(
-    operator: SymmetricOperator,
+    operator: Operator,
     count: int = 1,
     tolerance: float = 1e-4,
     maxiter: int = 200,
@@ -205,12 +197,12 @@ def extremal_eigenvalues(
     """
     _check_operator("operator", operator)
     n = operator.shape[0]
-    if not (_is_int(count) and 1 <= count <= n):
+    if not (is_count(count) and count <= n):
         raise ValueError(
             f"count={count!r} must be an integer from 1 to {n}, the size of the "
             "operator. Use count=1 for the two ends of the spectrum."
         )
-    if not (isinstance(tolerance, Real) and 0 <= tolerance < math.inf):
+    if not (is_number(tolerance) and 0 <= tolerance < math.inf):
         raise ValueError(
             f"tolerance={tolerance!r} must be finite and not negative: it bounds "
             "‖Av - λv‖ / max|λ|. Use 1e-4, or 0.0 for working precision."
@@ -218,25 +210,20 @@ def extremal_eigenvalues(
     _check_positive("maxiter", maxiter, 1, "It bounds the products; 200 is usual.")
     spectrum = _spectrum(operator)
     if spectrum is not None:
-        values, rounding = spectrum
-        bound = torch.full_like(values[:count], rounding)
-        largest = values[-count:].flip(0)
-        return ExtremalEigenvalues(values[:count], largest, bound, bound, True, 0)
+        return spectrum.ends(count)
     if (
         isinstance(operator, KroneckerBlock)
         and min(operator.rows.shape) <= SMALL
         and count <= operator.outer.shape[0]
     ):
         ends = extremal_eigenvalues(operator.outer, count, tolerance, maxiter, seed)
-        return _times_inner(ends, operator.rows * operator.weight**0.5, count)
-    return _lanczos(operator, count, tolerance, maxiter, _generator(seed))
+        return _times_inner(ends, operator.rows * operator.weight**0.5)
+    return _lanczos(operator, count, tolerance, maxiter, seed)
 
 
 @torch.no_grad()
 @full_precision()
-def condition_number(
-    operator: SymmetricOperator, alpha: float, seed: int = 0
-) -> float | None:
+def condition_number(operator: Operator, alpha: float, seed: int = 0) -> float | None:
     """The condition number of (1-α)A + αI: largest over smallest |eigenvalue|.
 
     A small spectrum gives it for any matrix. Of a large one only the ends are known,
@@ -261,14 +248,14 @@ def condition_number(
     check_alpha(alpha)
     spectrum = _spectrum(operator)
     if spectrum is not None:
-        return _condition_of_spectrum(spectrum[0], _spectrum_rows(operator), alpha)
+        return spectrum.condition(alpha)
     return _condition_of_ends(extremal_eigenvalues(operator, seed=seed), alpha)
 
 
 @torch.no_grad()
 @full_precision()
 def estimate_trace(
-    operator: SymmetricOperator, products: int = 48, seed: int = 0
+    operator: Operator, products: int = 48, seed: int = 0
 ) -> TraceEstimate:
     """The trace from products with random signs, by Hutch++.
 
@@ -301,17 +288,17 @@ def estimate_trace(
     third = products // 3
     sketch = _finite(operator @ _signs(operator, third, generator))
     basis = torch.linalg.qr(sketch).Q
-    exact = _columnwise(basis, operator @ basis).sum()
+    exact = (basis * (operator @ basis)).sum()
     samples = _signs(operator, third, generator)
     samples = samples - basis @ (basis.T @ samples)
-    rest = _columnwise(samples, operator @ samples)
+    rest = (samples * (operator @ samples)).sum(0)
     error = rest.std() / math.sqrt(third)
     return TraceEstimate(float(_finite(exact + rest.mean())), float(error))
 
 
 @torch.no_grad()
 @full_precision()
-def negative_mass(operator: SymmetricOperator) -> NegativeMass:
+def negative_mass(operator: Operator) -> NegativeMass:
     """How much of a block's curvature is negative: Σ|λ < 0|, and its share of Σ|λ|.
 
     The treatments ``"abs"``, ``"clip"`` and ``"zero"`` are there to remove it: compare
@@ -334,16 +321,13 @@ def negative_mass(operator: SymmetricOperator) -> NegativeMass:
             f"of a matrix of {_spectrum_rows(operator)} rows, more than {SMALL}. Use "
             "extremal_eigenvalues(), or operator.eigvalsh() if you can wait."
         )
-    return _negative_mass(spectrum[0])
+    return spectrum.negative_mass()
 
 
 @torch.no_grad()
 @full_precision()
 def compare_curvature(
-    operator: SymmetricOperator,
-    reference: SymmetricOperator,
-    samples: int = 100,
-    seed: int = 0,
+    operator: Operator, reference: Operator, samples: int = 100, seed: int = 0
 ) -> CurvatureComparison:
     """How far an operator A is from a reference B, say the exact block.
 
@@ -430,8 +414,7 @@ def inspect_curvature(model: nn.Module, alpha: float, seed: int = 0) -> Curvatur
             f"model={type(model).__name__} has no parameter that requires a gradient. "
             "Inspect a model that can be trained."
         )
-    rows = [_row(name, p, alpha, seed) for name, p in parameters]
-    return CurvatureReport(alpha, tuple(rows))
+    return CurvatureReport(alpha, tuple(_row(k, p, alpha, seed) for k, p in parameters))
 
 
 def _row(name: str, parameter: Tensor, alpha: float, seed: int) -> CurvatureRow:
@@ -443,31 +426,19 @@ def _row(name: str, parameter: Tensor, alpha: float, seed: int) -> CurvatureRow:
             "no layer gives it one, freeze it: requires_grad_(False)."
         )
     _check_operator(f"The hessian of parameter {name!r}", operator)
-    trace = _trace(operator, seed)
     spectrum = _spectrum(operator)
     condition: float | None
-    mass, share = None, None
+    mass: tuple[float | None, float | None]
     if spectrum is not None:
-        values, converged = spectrum[0][[0, -1]], True
-        condition = _condition_of_spectrum(spectrum[0], _spectrum_rows(operator), alpha)
-        mass, share = _negative_mass(spectrum[0])
+        ends, condition = spectrum.ends(1), spectrum.condition(alpha)
+        mass = spectrum.negative_mass()
     else:
         ends = extremal_eigenvalues(operator, seed=seed)
-        values, converged = torch.cat([ends.smallest, ends.largest]), ends.converged
-        condition = _condition_of_ends(ends, alpha)
-    smallest, largest = values.tolist()
-    return CurvatureRow(
-        name=name,
-        shape=tuple(parameter.shape),
-        trace=trace.value,
-        trace_error=trace.standard_error,
-        smallest=smallest,
-        largest=largest,
-        converged=converged,
-        condition=condition,
-        negative_mass=mass,
-        negative_share=share,
-    )
+        condition, mass = _condition_of_ends(ends, alpha), (None, None)
+    trace, trace_error = _trace(operator, seed)
+    values = trace, trace_error, float(ends.smallest), float(ends.largest)
+    shape = tuple(parameter.shape)
+    return CurvatureRow(name, shape, *values, ends.converged, condition, *mass)
 
 
 def _cells(row: CurvatureRow) -> tuple[str, ...]:
@@ -484,7 +455,7 @@ def _cells(row: CurvatureRow) -> tuple[str, ...]:
     )
 
 
-def _spectrum_rows(operator: SymmetricOperator) -> int:
+def _spectrum_rows(operator: Operator) -> int:
     """Rows of the largest matrix that ``operator.eigvalsh()`` decomposes."""
     if isinstance(operator, KroneckerBlock):
         return max(_spectrum_rows(operator.outer), min(operator.rows.shape))
@@ -493,8 +464,31 @@ def _spectrum_rows(operator: SymmetricOperator) -> int:
     return operator.shape[0]
 
 
-def _spectrum(operator: SymmetricOperator) -> tuple[Tensor, float] | None:
-    """All eigenvalues, [n] ascending, and their round-off; None if unaffordable.
+class _Spectrum(NamedTuple):
+    """All eigenvalues, [n] ascending, and the rows of the largest matrix decomposed."""
+
+    values: Tensor
+    rows: int
+
+    def ends(self, count: int) -> ExtremalEigenvalues:
+        smallest, largest = self.values[:count], self.values[-count:].flip(0)
+        bound = _rounding(self.values, self.rows).repeat(count)
+        return ExtremalEigenvalues(smallest, largest, bound, bound, True, 0)
+
+    def negative_mass(self) -> NegativeMass:
+        mass = float(self.values.clamp(max=0).abs().sum())
+        total = float(self.values.abs().sum())
+        return NegativeMass(mass, mass / total if total > 0 else 0.0)
+
+    def condition(self, alpha: float) -> float:
+        damped = (1 - alpha) * self.values + alpha
+        least, most = damped.abs().aminmax()
+        is_regular = bool(least > _rounding(damped, self.rows))
+        return float(most / least) if is_regular else math.inf
+
+
+def _spectrum(operator: Operator) -> _Spectrum | None:
+    """The spectrum, if it is affordable.
 
     What round-off cannot tell from 0 is 0: no noise counts as negative curvature.
     """
@@ -502,12 +496,11 @@ def _spectrum(operator: SymmetricOperator) -> tuple[Tensor, float] | None:
     if rows > SMALL:
         return None
     try:
-        values = operator.eigvalsh()
+        values = _finite(operator.eigvalsh())
     # Documented, but torch's types do not know it.
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ArithmeticError(_NOT_FINITE) from error
-    rounding = _rounding(_finite(values), rows)
-    return values.where(values.abs() > rounding, 0), float(rounding)
+    return _Spectrum(values.where(values.abs() > _rounding(values, rows), 0), rows)
 
 
 def _rounding(values: Tensor, rows: int) -> Tensor:
@@ -515,36 +508,20 @@ def _rounding(values: Tensor, rows: int) -> Tensor:
     return rows * torch.finfo(values.dtype).eps * values.abs().max()
 
 
-def _negative_mass(values: Tensor) -> NegativeMass:
-    mass = float(values.clamp(max=0).abs().sum())
-    total = float(values.abs().sum())
-    return NegativeMass(mass, mass / total if total > 0 else 0.0)
-
-
-def _condition_of_spectrum(values: Tensor, rows: int, alpha: float) -> float:
-    damped = (1 - alpha) * values + alpha
-    least, most = damped.abs().aminmax()
-    return float(most / least) if bool(least > _rounding(damped, rows)) else math.inf
-
-
 def _condition_of_ends(ends: ExtremalEigenvalues, alpha: float) -> float | None:
-    low = (1 - alpha) * float(ends.smallest[0]) + alpha
-    high = (1 - alpha) * float(ends.largest[0]) + alpha
-    doubt = (1 - alpha) * float(
-        torch.maximum(ends.smallest_residuals[0], ends.largest_residuals[0])
-    )
+    low, high, *residuals = (float(values[0]) for values in ends[:4])
+    low, high = (1 - alpha) * low + alpha, (1 - alpha) * high + alpha
+    doubt = (1 - alpha) * max(residuals)
     if not ends.converged or (low <= doubt and high >= -doubt):
         return None
     return high / low if low > 0 else low / high
 
 
-def _times_inner(
-    ends: ExtremalEigenvalues, rows: Tensor, count: int
-) -> ExtremalEigenvalues:
+def _times_inner(ends: ExtremalEigenvalues, rows: Tensor) -> ExtremalEigenvalues:
     """The ends of H ⊗ FᵀF from those of H: products of eigenvalues.
 
-    FᵀF ≥ 0, so a product with an eigenvalue of H that is not among its ``count``
-    largest is no larger than the ``count`` products that are.
+    FᵀF ≥ 0, so a product with an eigenvalue of H that is not among its k largest is no
+    larger than the k products that are.
     """
     inner = torch.linalg.svdvals(rows).square()
     if len(inner) < rows.shape[1]:
@@ -552,24 +529,18 @@ def _times_inner(
 
     def products(outer: Tensor, residuals: Tensor, largest: bool) -> list[Tensor]:
         values = torch.outer(outer, inner).flatten()
-        order = values.sort(descending=largest).indices[:count]
-        return [values[order], torch.outer(residuals, inner).flatten()[order]]
+        values, order = values.topk(len(outer), largest=largest)
+        return [values, torch.outer(residuals, inner).flatten()[order]]
 
-    small, small_residuals = products(ends.smallest, ends.smallest_residuals, False)
-    large, large_residuals = products(ends.largest, ends.largest_residuals, True)
-    return ExtremalEigenvalues(
-        small, large, small_residuals, large_residuals, ends.converged, ends.products
-    )
+    small = products(ends.smallest, ends.smallest_residuals, False)
+    large = products(ends.largest, ends.largest_residuals, True)
+    return ExtremalEigenvalues(small[0], large[0], small[1], large[1], *ends[4:])
 
 
 def _lanczos(
-    operator: SymmetricOperator,
-    count: int,
-    tolerance: float,
-    maxiter: int,
-    generator: torch.Generator,
+    operator: Operator, count: int, tolerance: float, maxiter: int, seed: int
 ) -> ExtremalEigenvalues:
-    """Block Lanczos; the projection T = VᵀAV is kept whole, [m, m].
+    """Block Lanczos; the projection T = VᵀAV, [m, m], is kept: its lower triangle.
 
     The remainder R of AV_last is what couples the space to the rest of A: a Ritz
     vector Vy has the residual ‖R y_last‖. Directions in which R is but round-off are
@@ -577,22 +548,23 @@ def _lanczos(
     """
     n = operator.shape[0]
     round_off = _round_off(operator)
-    start = torch.randn(n, count, generator=generator, dtype=torch.float64)
+    start = torch.randn(n, count, generator=_generator(seed), dtype=torch.float64)
     block = torch.linalg.qr(start.to(operator.device, operator.dtype)).Q
     basis = block[:, :0]
     projection = block.new_zeros(0, 0)
-    done = False
-    products = 0
+    done, products = False, 0
     while not done and products < maxiter:
         image = _finite(operator @ block)
         products += 1
         basis = torch.cat([basis, block], dim=1)
-        projection = _bordered(projection, basis.T @ image)
+        rows = image.T @ basis
+        projection = torch.cat([pad(projection, (0, len(rows))), rows])
         values, vectors = torch.linalg.eigh(projection)
-        ends = _ends(len(values), count, values.device)
+        order = torch.arange(len(values), device=values.device)
+        extremes = torch.cat([order[:count], order.flip(0)[:count]])
         remainder = image - basis @ (basis.T @ image)
         directions, sizes, mixture = torch.linalg.svd(remainder, full_matrices=False)
-        coupling = sizes.unsqueeze(1) * (mixture @ vectors[-block.shape[1] :, ends])
+        coupling = sizes.unsqueeze(1) * (mixture @ vectors[-block.shape[1] :, extremes])
         # Both are lower bounds of ‖A‖; early Ritz values alone can be far below.
         scale = torch.maximum(values.abs().max(), _norms(image).max())
         block = directions[:, sizes > round_off * scale]
@@ -605,20 +577,16 @@ def _lanczos(
         enough = max(tolerance, round_off) * scale
         converged = bool((_norms(coupling) <= enough).all())
         done = converged or block.shape[1] == 0
-    found, coordinates = values[ends], vectors[:, ends]
+    found, coordinates = values[extremes], vectors[:, extremes]
     ritz = basis @ coordinates
     residuals = _norms(_finite(operator @ ritz) - ritz * found)
-    return ExtremalEigenvalues(
-        found[:count],
-        found[count:],
-        residuals[:count],
-        residuals[count:],
-        bool((residuals <= (tolerance + round_off) * values.abs().max()).all()),
-        products + 1,
-    )
+    limit = (tolerance + round_off) * values.abs().max()
+    converged = bool((residuals <= limit).all())
+    ends = found[:count], found[count:], residuals[:count], residuals[count:]
+    return ExtremalEigenvalues(*ends, converged, products + 1)
 
 
-def _round_off(operator: SymmetricOperator) -> float:
+def _round_off(operator: Operator) -> float:
     """A residual of so many ‖A‖ cannot be told from round-off.
 
     In Krylov spaces exhausted by matrices of rank 1 to 10 and of 50 to 100 000 rows,
@@ -627,39 +595,19 @@ def _round_off(operator: SymmetricOperator) -> float:
     return (64 + operator.shape[0] ** 0.5) * torch.finfo(operator.dtype).eps
 
 
-def _bordered(projection: Tensor, columns: Tensor) -> Tensor:
-    """T, [m, m], with k new ``columns``, [m + k, k], and their mirror image."""
-    m, k = len(projection), columns.shape[1]
-    result = columns.new_empty(m + k, m + k)
-    result[:m, :m] = projection
-    result[:m, m:] = columns[:m]
-    result[m:, :m] = columns[:m].T
-    result[m:, m:] = (columns[m:] + columns[m:].T) / 2
-    return result
-
-
-def _ends(size: int, count: int, device: torch.device) -> Tensor:
-    """Indices of the smallest, ascending, and of the largest, descending."""
-    indices = torch.arange(size, device=device)
-    return torch.cat([indices[:count], indices.flip(0)[:count]])
-
-
-def _trace(operator: SymmetricOperator, seed: int) -> TraceEstimate:
+def _trace(operator: Operator, seed: int) -> TraceEstimate:
     """The closed form, or an estimate where it would form a large matrix."""
     if isinstance(operator, KroneckerBlock):
         outer = _trace(operator.outer, seed)
         inner = float(operator.rows.square().sum() * operator.weight)
         return TraceEstimate(outer.value * inner, outer.standard_error * inner)
-    if _has_hidden_diagonal(operator):
+    # A diagonal that takes as many products as there are rows.
+    source = operator
+    while isinstance(source, Congruence | KroneckerBlock | BlockDiagonal):
+        source = source.outer
+    if isinstance(source, MatrixFree) and source.shape[0] > SMALL:
         return estimate_trace(operator, seed=seed)
     return TraceEstimate(float(_finite(operator.trace())), 0.0)
-
-
-def _has_hidden_diagonal(operator: SymmetricOperator) -> bool:
-    """Whether the diagonal takes as many products as there are rows, and many."""
-    if isinstance(operator, Congruence | KroneckerBlock | BlockDiagonal):
-        return _has_hidden_diagonal(operator.outer)
-    return isinstance(operator, MatrixFree) and operator.shape[0] > SMALL
 
 
 _NOT_FINITE: Final = (
@@ -678,17 +626,12 @@ def _norms(columns: Tensor) -> Tensor:
     return torch.linalg.vector_norm(columns, dim=0)
 
 
-def _columnwise(left: Tensor, right: Tensor) -> Tensor:
-    """The inner product of each pair of columns, [n, k] → [k]."""
-    return (left * right).sum(0)
-
-
 def _squares(a: Tensor, b: Tensor) -> Tensor:
     """‖a - b‖², ‖a‖², ‖b‖² and ⟨a, b⟩ of each pair of columns, [4, k]."""
     # Squares of a deep layer's curvature would vanish in float32.
     a, b = _finite(a).double(), _finite(b).double()
     pairs = (a - b, a - b), (a, a), (b, b), (a, b)
-    return torch.stack([_columnwise(left, right) for left, right in pairs])
+    return torch.stack([(left * right).sum(0) for left, right in pairs])
 
 
 def _relative(samples: Tensor) -> Tensor:
@@ -697,35 +640,30 @@ def _relative(samples: Tensor) -> Tensor:
     return torch.where(mean > 0, samples / mean, 0)
 
 
-def _signs(
-    operator: SymmetricOperator, count: int, generator: torch.Generator
-) -> Tensor:
+def _signs(operator: Operator, count: int, generator: torch.Generator) -> Tensor:
     """Random signs, [n, count], for ``operator``: the same on every device."""
     signs = torch.randint(0, 2, (operator.shape[0], count), generator=generator)
     return (2 * signs - 1).to(operator.device, operator.dtype)
 
 
 def _generator(seed: int) -> torch.Generator:
-    if not (_is_int(seed) and -(2**63) <= seed < 2**63):
+    is_integer = isinstance(seed, int) and not isinstance(seed, bool)
+    if not (is_integer and -(2**63) <= seed < 2**63):
         raise TypeError(f"seed={seed!r} must be an integer, such as 0, of 64 bits.")
     # Data made with the same seed must not be the vectors drawn here: Lanczos that
     # starts at an eigenvector sees nothing else.
     return torch.Generator().manual_seed(seed ^ 0x9E3779B9)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_positive(name: str, value: int, least: int, remedy: str) -> None:
-    if not (_is_int(value) and value >= least):
+    if not (is_count(value) and value >= least):
         raise ValueError(
             f"{name}={value!r} must be an integer of at least {least}. {remedy}"
         )
 
 
 def _check_operator(name: str, operator: object) -> None:
-    if not isinstance(operator, SymmetricOperator):
+    if not isinstance(operator, Operator):
         raise TypeError(
             f"{name} is a {type(operator).__name__}; it must be a SymmetricOperator, "
             "such as p.hessian. Wrap a matrix in hbp.operators.DenseOperator(matrix)."
