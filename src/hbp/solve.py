@@ -5,6 +5,7 @@ It is one row of ``hbp.core.cg``, with its arguments checked.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -99,12 +100,12 @@ def cg(
         lambda _: lambda p: (A @ p[0])[None], r[None], tol, atol, budget, radius
     )
     x = found.x[0] if x0 is None or r is b else found.x[0] + x0
-    if not bool(torch.cat([x, found.residual_norm]).isfinite().all()):
+    iterations, residual, *flags = found.facts[0, :5].tolist()
+    if not (math.isfinite(residual) and bool(x.isfinite().all())):
         raise ArithmeticError(
             "Conjugate gradients met NaN or infinity: A, b or x0 contains it, or their "
             "numbers are too large for their dtype."
         )
-    iterations, residual, *flags = (float(fact) for fact in found[1:6])
     return CGResult(x, int(iterations), residual, *map(bool, flags))
 
 

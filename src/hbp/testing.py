@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +71,10 @@ def check_layer(
     devices = [inputs.device] if inputs.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        twin = copy.deepcopy(layer).double().requires_grad_()
-        _check_forward(twin, inputs.detach())
-        findings = list(_Check(twin, inputs.detach(), tolerance).findings())
+        twin, x = copy.deepcopy(layer).double().requires_grad_(), inputs.detach()
+        findings = list(
+            _Check(twin, x, _checked_outputs(twin, x), tolerance).findings()
+        )
     if findings:
         listed = "\n".join(f"  {finding}" for finding in findings)
         raise AssertionError(
@@ -105,8 +106,8 @@ def _check_arguments(layer: HBPModule, inputs: Tensor) -> None:
 
 
 @torch.no_grad()
-def _check_forward(layer: HBPModule, inputs: Tensor) -> None:
-    """Raise unless z_n is a function of x_n, and the pass is recorded."""
+def _checked_outputs(layer: HBPModule, inputs: Tensor) -> Tensor:
+    """z, [N, ...], if each z_n is a function of x_n, and of nothing else."""
     outputs = layer(inputs.clone())
     if not bool(outputs.isfinite().all()):
         raise ValueError(
@@ -124,14 +125,14 @@ def _check_forward(layer: HBPModule, inputs: Tensor) -> None:
             "by one. Curvature rules need z_n = f(x_n); for statistics of the batch, "
             "call eval()."
         )
+    return outputs
 
 
-class _Reading(NamedTuple):
-    """Curvature by name: of the input, and of each of the layer's parameters."""
+_Blocks = dict[str, Tensor]
+"""Curvature by name: of the input, and of each of the layer's parameters."""
 
-    what: str
-    actual: dict[str, SymmetricOperator | None]
-    expected: dict[str, Tensor]
+_Operators = dict[str, SymmetricOperator | None]
+"""The same, as the layer says."""
 
 
 class _Check:
@@ -140,18 +141,22 @@ class _Check:
     Args:
         layer: In float64, ours to change.
         inputs: [N, ...].
+        outputs: What the layer makes of them.
         tolerance: As in ``check_layer``.
     """
 
-    def __init__(self, layer: HBPModule, inputs: Tensor, tolerance: float) -> None:
+    def __init__(
+        self, layer: HBPModule, inputs: Tensor, outputs: Tensor, tolerance: float
+    ) -> None:
         self._layer, self._inputs, self._tolerance = layer, inputs, tolerance
-        self._model, classes = _with_network_on_top(layer, inputs)
-        self._labels = torch.arange(len(inputs), device=inputs.device) % classes
+        self._model = _with_network_on_top(layer, outputs)
         # A layer that works in place must not be given a leaf.
-        outputs = self._model(inputs.clone().requires_grad_().clone())
-        self._check_record()
-        loss = self._loss(outputs, self._labels)
-        self._hessians = per_sample_hessian(loss, outputs)
+        logits = self._model(inputs.clone().requires_grad_().clone())
+        self._check_record(inputs.shape, outputs.shape)
+        samples = torch.arange(len(inputs), device=inputs.device)
+        self._labels = samples % logits.shape[1]
+        loss = self._loss(logits, self._labels)
+        self._hessians = per_sample_hessian(loss, logits)
         loss.backward()
 
     def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -159,7 +164,7 @@ class _Check:
         total = F.cross_entropy(outputs, labels, reduction="sum")
         return total / len(self._inputs)
 
-    def _check_record(self) -> None:
+    def _check_record(self, before: torch.Size, after: torch.Size) -> None:
         if isinstance(self._layer, HBPSequential):
             return  # It records nothing; its children do.
         name, record = type(self._layer).__name__, vars(self._layer).get("last_record")
@@ -168,9 +173,6 @@ class _Check:
                 f"forward of {name} recorded nothing. End it with "
                 "return self.record(input, output, keep=...)."
             )
-        before = self._inputs.shape
-        with torch.no_grad():
-            after = self._layer(self._inputs.clone()).shape
         if (record.input_shape, record.output_shape) != (before, after):
             raise AssertionError(
                 f"forward of {name} maps {list(before)} to {list(after)}, but recorded "
@@ -180,52 +182,41 @@ class _Check:
 
     def findings(self) -> Iterator[str]:
         """What differs, a line each."""
-        for number, (what, actual, expected) in enumerate(self._readings()):
-            if number == 0:
-                _require_curvature(expected)
+        _require_curvature(self._exact("none"))
+        for what, actual, expected in self._readings():
             for name, matrix in expected.items():
-                difference = self._difference(actual[name], matrix)
-                if difference:
+                if difference := self._difference(actual[name], matrix):
                     yield f"{name}, {what}: {difference}"
         yield from self._wrong_jacobian()
         yield from self._wrong_transposes()
 
-    def _readings(self) -> Iterator[_Reading]:
-        for treatment in TREATMENTS:
-            yield self._exact(treatment)
-        for scheme in SCHEMES:
-            self._model.set_hbp_approximation(*scheme)
-            for treatment in TREATMENTS:
-                yield self._averaged(treatment, scheme)
+    def _readings(self) -> Iterator[tuple[str, _Operators, _Blocks]]:
+        for how in TREATMENTS:
+            actual = self._send_back(self._hessians, how)
+            yield f"exact, treatment {how!r}", actual, self._exact(how)
+        for x, theta in SCHEMES:
+            options = {"average_input_jacobian": x, "average_parameter_jacobian": theta}
+            self._model.set_hbp_approximation(**options)
+            scheme = " and ".join(f"{name}={value}" for name, value in options.items())
+            for how in TREATMENTS:
+                actual = self._send_back(self._hessians.sum(0), how)
+                data = self._model, self._loss, self._inputs, self._labels, how
+                expected = _of_layer(*reference.batch_blocks(*data, **options))
+                yield f"averaged with {scheme}, treatment {how!r}", actual, expected
 
-    def _averaged(self, treatment: str, scheme: tuple[bool, bool]) -> _Reading:
-        what = (
-            f"averaged with average_input_jacobian={scheme[0]} and "
-            f"average_parameter_jacobian={scheme[1]}, treatment {treatment!r}"
-        )
-        actual = self._send_back(self._hessians.sum(0), treatment)
-        data = self._inputs, self._labels, treatment
-        blocks = reference.batch_blocks(self._model, self._loss, *data, *scheme)
-        return _Reading(what, actual, _of_layer(blocks.input, blocks.parameters))
-
-    def _exact(self, treatment: str) -> _Reading:
-        actual = self._send_back(self._hessians, treatment)
+    def _exact(self, treatment: str) -> _Blocks:
         samples = zip(self._inputs.split(1), self._labels.split(1), strict=True)
         each = [
             reference.exact_blocks(self._model, self._loss, *sample, treatment)
             for sample in samples
         ]
-        of_input = torch.block_diag(*[blocks.input for blocks in each])
-        parameters = {
-            name: torch.stack([blocks.parameters[name] for blocks in each]).sum(0)
-            for name in each[0].parameters
+        inputs, parameters = zip(*each, strict=True)
+        sums = {
+            k: torch.stack([p[k] for p in parameters]).sum(0) for k in parameters[0]
         }
-        what = f"exact, treatment {treatment!r}"
-        return _Reading(what, actual, _of_layer(of_input, parameters))
+        return _of_layer(torch.block_diag(*inputs), sums)
 
-    def _send_back(
-        self, hessian: Tensor, treatment: str
-    ) -> dict[str, SymmetricOperator | None]:
+    def _send_back(self, hessian: Tensor, treatment: str) -> _Operators:
         for parameter in self._model.parameters():
             vars(parameter)["hessian"] = None
         of_input = self._model.backward_hessian(hessian, True, treatment)
@@ -241,18 +232,20 @@ class _Check:
         if actual.shape != expected.shape:
             return f"the shape is {list(actual.shape)}, not {list(expected.shape)}"
         vectors = expected.new_empty(len(expected), 3).normal_()
-        largest = float(expected.abs().max())
         for what, value, right in [
             ("the matrix", actual.to_dense(), expected),
             ("its diagonal", actual.diagonal(), expected.diagonal()),
             ("a product with it", actual @ vectors, expected @ vectors),
         ]:
-            if error := self._error(value, right, largest):
+            if error := self._error(value, right, expected):
                 return f"{what} {error}"
         return None
 
-    def _error(self, value: Tensor, right: Tensor, largest: float) -> str | None:
-        error = float((value - right).detach().abs().max())
+    def _error(self, value: Tensor, right: Tensor, matrix: Tensor) -> str | None:
+        """By how much a value is off, next to the entries of a matrix."""
+        error, largest = (
+            float(x.detach().abs().max()) for x in (value - right, matrix)
+        )
         if error <= self._tolerance * largest:  # Not so for NaN.
             return None
         return f"is off by {error:.2g}; its largest entry is {largest:.2g}"
@@ -265,16 +258,12 @@ class _Check:
             return
         twin = copy.deepcopy(self._layer)
         with torch.enable_grad():
-            each = [
-                torch.autograd.functional.jacobian(lambda x: twin(x.clone()), x)
-                for x in self._inputs.split(1)
-            ]
-        expected = torch.block_diag(
-            *[J.reshape(-1, self._inputs[0].numel()) for J in each]
-        )
-        rows = torch.eye(actual.in_size).to(self._inputs)
-        largest = float(expected.abs().max())
-        if error := self._error(actual.jvp(rows).T, expected, largest):
+            J = torch.autograd.functional.jacobian(
+                lambda x: twin(x.clone()), self._inputs
+            )
+        expected = J.reshape(-1, self._inputs.numel())
+        found = actual.jvp(torch.eye(actual.in_size).to(expected)).T
+        if error := self._error(found, expected, expected):
             yield f"jacobian, exact: it {error}"
 
     @torch.no_grad()
@@ -284,33 +273,28 @@ class _Check:
             for reading, J in [("averaged", exact.mean(Batch())), ("exact", exact)]:
                 expected = J.vjp(torch.eye(J.out_size).to(self._inputs))
                 found = J.jvp(torch.eye(J.in_size).to(self._inputs)).T
-                largest = float(expected.abs().max())
-                if error := self._error(found, expected, largest):
+                if error := self._error(found, expected, expected):
                     yield f"{name}, {reading}: jvp is not vjp's transpose; it {error}"
 
 
-def _with_network_on_top(layer: HBPModule, inputs: Tensor) -> tuple[HBPSequential, int]:
-    """The layer below a sigmoid and a linear layer, and their number of classes."""
-    with torch.no_grad():
-        outputs = layer(inputs.clone())
+def _with_network_on_top(layer: HBPModule, outputs: Tensor) -> HBPSequential:
+    """The layer, which gives these outputs, below a sigmoid and a linear layer."""
     features = outputs[0].numel()
-    classes = min(features + 1, MOST_CLASSES)
     # Where the sigmoid saturated, no error of the layer would be seen.
     scale = float(outputs.square().mean().sqrt()) or 1.0
-    linear = HBPLinear(features, classes)
+    linear = HBPLinear(features, min(features + 1, MOST_CLASSES))
     torch.nn.init.normal_(linear.weight, std=2 / features**0.5)
     squash = HBPElementwise(lambda z: torch.sigmoid(z / scale))
-    model = HBPSequential(layer, squash, HBPFlatten(), linear)
-    return model.to(inputs), classes
+    return HBPSequential(layer, squash, HBPFlatten(), linear).to(outputs)
 
 
-def _of_layer(of_input: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _of_layer(of_input: Tensor, parameters: _Blocks) -> _Blocks:
     """The first child's blocks, by the names that they have in it."""
     own = {n[2:]: block for n, block in parameters.items() if n.startswith("0.")}
     return {INPUT: of_input, **own}
 
 
-def _require_curvature(expected: dict[str, Tensor]) -> None:
+def _require_curvature(expected: _Blocks) -> None:
     zeros = [name for name, block in expected.items() if not bool(block.any())]
     if zeros:
         raise ValueError(

@@ -25,26 +25,19 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Solution(NamedTuple):
-    """What the iteration ends with: rows, or one number for each row, on the device.
+    """What the iteration ends with, row by row, on the device.
 
     Attributes:
         x: The last iterates, [systems, width].
-        iterations: Steps taken.
-        residual_norm: ‖b - A x‖ as the recurrence knows it. It or ``x`` is not finite
-            where A or b is not.
-        converged: Whether residual_norm ≤ target.
-        negative_curvature: Whether the row ended at a direction p with pᵀAp ≤ 0.
-        on_boundary: Whether the row ended at ‖x‖ = radius.
-        overlap: xᵀ(b - A x) there; elsewhere it is round-off, and 0 here.
+        facts: Eight numbers for each row, [systems, 8], in float64: steps taken; the
+            residual norm ‖b - A x‖ as the recurrence knows it; whether that is within
+            the tolerance; whether the row ended at a direction p with pᵀAp ≤ 0; whether
+            it ended at ‖x‖ = radius; there, xᵀ(b - A x), elsewhere 0, for it is
+            round-off; ‖x‖; xᵀb. Norms are not finite where A or b is not.
     """
 
     x: Tensor
-    iterations: Tensor
-    residual_norm: Tensor
-    converged: Tensor
-    negative_curvature: Tensor
-    on_boundary: Tensor
-    overlap: Tensor
+    facts: Tensor
 
 
 class _State(NamedTuple):
@@ -86,8 +79,8 @@ def cg_rows(
         radius: ‖x_i‖ ≤ radius_i, [systems, 1]; ``None`` for no bound.
         check_every: Iterations between two looks of the host.
     """
-    state = _start(b, tol, atol, radius)
-    final, live = _State(*map(torch.clone, state)), list(range(len(b)))
+    state, live = _start(b, tol, atol, radius), list(range(len(b)))
+    found = Solution(torch.empty_like(b), b.new_empty(len(b), 8, dtype=torch.float64))
     product = product_of(live)
     active = ~(state.rr <= state.target)  # A row of NaN runs, and says so.
     for iteration in range(maxiter + 1):
@@ -98,25 +91,24 @@ def cg_rows(
             if not all(running):
                 keep = torch.tensor(running, device=b.device)
                 places = torch.tensor(live, device=b.device)[~keep]
-                for whole, part in zip(final, state, strict=True):
-                    whole[places] = part[~keep]
+                done = _State(*[part[~keep] for part in state])
+                found.x[places] = done.x * done.unit
+                found.facts[places] = _facts(done, b[places])
                 if not any(running):
                     break
                 state, active = _State(*[part[keep] for part in state]), active[keep]
                 live = [i for i, runs in zip(live, running, strict=True) if runs]
                 product = product_of(live)
         active = _iterate(state, product, active, radius is not None)
-    x, r, _, rr, target, _, iterations, bent, left, unit = final
-    overlap = torch.where(left, (x * r).sum(1, keepdim=True), 0).double() * unit * unit
-    facts = iterations, rr.sqrt() * unit, rr <= target, bent, left, overlap
-    return Solution(x * unit, *(fact.squeeze(1) for fact in facts))
+    return found
 
 
 def _start(
     b: Tensor, tol: float, atol: Tensor | float, radius: Tensor | None
 ) -> _State:
     # In units of a power of 2 near max|b|: exact, and no square over- or underflows.
-    unit = torch.exp2(torch.frexp(b.abs().amax(1, keepdim=True)).exponent.to(b.dtype))
+    largest = torch.linalg.vector_norm(b, math.inf, dim=1, keepdim=True)
+    unit = torch.exp2(torch.frexp(largest).exponent.to(b.dtype))
     r, zero = b / unit, torch.zeros_like(unit)
     # A radius that underflows would make x / radius NaN.
     tiny = torch.finfo(b.dtype).tiny
@@ -151,6 +143,20 @@ def _iterate(state: _State, product: Product, active: Tensor, bounded: bool) -> 
     torch.addcmul(r, p, torch.where(active, new / rr, 0), out=p)
     rr.copy_(new)
     return active
+
+
+def _facts(done: _State, b: Tensor) -> Tensor:
+    """What ``Solution`` tells of rows that are done."""
+    x, r, _, rr, target, _, iterations, bent, left, unit = done
+    # Out of the units in float64: a float32 x can be large or small enough for its
+    # square to have no number.
+    wide = unit.double()
+    overlap = torch.where(left, _dot(x, r), 0) * wide * wide
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide.dtype) * wide
+    descent = _dot(x, b / unit) * wide * wide
+    residual = rr.sqrt() * wide
+    columns = iterations, residual, rr <= target, bent, left, overlap, norm, descent
+    return torch.cat([column.to(wide) for column in columns], dim=1)
 
 
 def to_boundary(x: Tensor, p: Tensor, radius: Tensor) -> Tensor:

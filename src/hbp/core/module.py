@@ -256,6 +256,7 @@ class HBPModule(nn.Module):
         last_record: What the latest forward pass with gradients enabled has left.
         schemes: Which of the two choices of ``set_hbp_approximation`` matter here.
         input_dimensions: How many x must have, samples included; None for any.
+        structure: What becomes of a parameter's block; ``hbp.blocks`` splits it.
     """
 
     last_record: Record
@@ -263,6 +264,7 @@ class HBPModule(nn.Module):
     average_parameter_jacobian = True
     schemes: Sequence[str] = ()
     input_dimensions: int | None = None
+    structure: Callable[[Operator, Tensor], Operator] | None = None
     set_hbp_blocks: Callable[..., None]  # hbp.blocks gives it.
 
     # --- The rules of a layer, for every sample. --------------------------------------
@@ -391,7 +393,9 @@ class HBPModule(nn.Module):
                 block = reading.through(H, J, self, average, None)
                 if reading.samples:
                     block = reading.batch.exact_block(block)
-                reading.blocks[parameter] = self.structure(block, parameter)
+                if self.structure is not None:
+                    block = self.structure(block, parameter)
+                reading.blocks[parameter] = block
         return self.input_hessian(H, reading) if further else None
 
     def input_hessian(self, H: Operator, reading: Reading) -> Operator:
@@ -405,10 +409,6 @@ class HBPModule(nn.Module):
         """mod(Σ_k ∇²z_k δ_k), as the batch is read; None for 0."""
         second_order = self.second_order(J)
         return None if second_order is None else reading.term(second_order, self)
-
-    def structure(self, block: Operator, parameter: Tensor) -> Operator:
-        """What becomes of a parameter's block. ``hbp.blocks`` sets it, to split it."""
-        return block
 
     def _require_usable(self, H: Operator, reading: Reading) -> None:
         """Raise unless there is a record that ``H`` fits."""
@@ -547,7 +547,7 @@ class HBPModule(nn.Module):
         for name in self.schemes:
             short = name.replace("average", "avg").replace("parameter", "param")
             parts.append(f"{short.removesuffix('obian')}: {getattr(self, name)}")
-        if "structure" in vars(self):
+        if self.structure is not None:
             parts.append(str(self.structure))
         return ", ".join(filter(None, parts))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -361,21 +361,19 @@ def _by_cg(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
         None if trust is None else shares * trust,
         1 if _is_large(systems[0]) else CHECK_EVERY,
     )
-    norms = torch.linalg.vector_norm(found.x, dim=1, dtype=torch.float64)
-    columns = [*found[1:], norms, (found.x.double() * b).sum(1)]
-    facts = torch.stack([column.double() for column in columns], dim=1).tolist()
-    solved, start = [], 0
+    facts, solved = iter(found.facts.tolist()), []
     for system, x in zip(systems, found.x.split(sizes), strict=True):
-        y = torch.cat([x[:, : system.rhs.shape[1] - 1], x[:, -1:]], dim=1)
-        solved.append((y, math.inf, facts[start : start + len(x)]))
-        start += len(x)
+        if x.shape[1] > system.rhs.shape[1]:
+            x = torch.cat([x[:, : system.rhs.shape[1] - 1], x[:, -1:]], dim=1)
+        solved.append((x, math.inf, list(islice(facts, len(x)))))
     return solved
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
     """Rows of equal width; the coordinate in the null space stays the last."""
-    width = max(part.shape[1] for part in parts)
-    rows = []
+    if len(parts) == 1:
+        return parts[0]
+    width, rows = max(part.shape[1] for part in parts), []
     for part in parts:
         zeros = part.new_zeros(len(part), width - part.shape[1])
         rows.append(torch.cat([part[:, :-1], zeros, part[:, -1:]], dim=1))
@@ -387,7 +385,8 @@ def _shares(b: Tensor) -> Tensor:
     if len(b) == 1:
         return b.new_ones(1, 1)
     # In units of the largest entry, so that no square under- or overflows.
-    norms = torch.linalg.vector_norm(b / b.abs().max(), dim=1, keepdim=True)
+    largest = torch.linalg.vector_norm(b, math.inf)
+    norms = torch.linalg.vector_norm(b / largest, dim=1, keepdim=True)
     return (norms / torch.linalg.vector_norm(norms)).nan_to_num(0.0)
 
 
