@@ -85,9 +85,8 @@ def cg_rows(
     active = ~(state.rr <= state.target)  # A row of NaN runs, and says so.
     for iteration in range(maxiter + 1):
         if iteration % check_every == 0 or iteration == maxiter:
-            running = active.flatten().tolist()  # The host waits here.
-            if iteration == maxiter:
-                running = [False] * len(running)
+            # The host waits here.
+            running = (active & (iteration < maxiter)).flatten().tolist()
             if not all(running):
                 keep = torch.tensor(running, device=b.device)
                 places = torch.tensor(live, device=b.device)[~keep]
