@@ -49,9 +49,9 @@ def dense() -> hbp.HBPSequential:
     )
 
 
-def joint_blocks() -> hbp.HBPSequential:
+def sub_blocks() -> hbp.HBPSequential:
     model = dense()
-    model.set_hbp_blocks(sub_blocks=2, joint_bias=True)
+    model.set_hbp_blocks(sub_blocks=2)
     return model
 
 
@@ -85,7 +85,7 @@ def with_shortcuts() -> hbp.HBPSequential:
 
 NETS: dict[str, tuple[Callable[[], hbp.HBPSequential], tuple[int, ...]]] = {
     "dense": (dense, (15,)),
-    "joint blocks": (joint_blocks, (15,)),
+    "sub-blocks": (sub_blocks, (15,)),
     "convolutional": (convolutional, (1, 3, 5)),
     "with shortcuts": (with_shortcuts, (15,)),
 }
