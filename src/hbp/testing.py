@@ -13,6 +13,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.functional import jacobian
 
 from hbp import reference
 from hbp.core.containers import HBPSequential
@@ -71,10 +72,8 @@ def check_layer(
     devices = [inputs.device] if inputs.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        twin, x = copy.deepcopy(layer).double().requires_grad_(), inputs.detach()
-        findings = list(
-            _Check(twin, x, _checked_outputs(twin, x), tolerance).findings()
-        )
+        twin = copy.deepcopy(layer).double().requires_grad_()
+        findings = list(_Check(twin, inputs.detach(), tolerance).findings())
     if findings:
         listed = "\n".join(f"  {finding}" for finding in findings)
         raise AssertionError(
@@ -141,13 +140,11 @@ class _Check:
     Args:
         layer: In float64, ours to change.
         inputs: [N, ...].
-        outputs: What the layer makes of them.
         tolerance: As in ``check_layer``.
     """
 
-    def __init__(
-        self, layer: HBPModule, inputs: Tensor, outputs: Tensor, tolerance: float
-    ) -> None:
+    def __init__(self, layer: HBPModule, inputs: Tensor, tolerance: float) -> None:
+        outputs = _checked_outputs(layer, inputs)
         self._layer, self._inputs, self._tolerance = layer, inputs, tolerance
         self._model = _with_network_on_top(layer, outputs)
         # A layer that works in place must not be given a leaf.
@@ -194,26 +191,21 @@ class _Check:
         for how in TREATMENTS:
             actual = self._send_back(self._hessians, how)
             yield f"exact, treatment {how!r}", actual, self._exact(how)
-        for x, theta in SCHEMES:
-            options = {"average_input_jacobian": x, "average_parameter_jacobian": theta}
-            self._model.set_hbp_approximation(**options)
-            scheme = " and ".join(f"{name}={value}" for name, value in options.items())
+        for x, p in SCHEMES:
+            self._model.set_hbp_approximation(x, p)
+            scheme = f"average_input_jacobian={x} and average_parameter_jacobian={p}"
             for how in TREATMENTS:
                 actual = self._send_back(self._hessians.sum(0), how)
                 data = self._model, self._loss, self._inputs, self._labels, how
-                expected = _of_layer(*reference.batch_blocks(*data, **options))
+                expected = _of_layer(*reference.batch_blocks(*data, x, p))
                 yield f"averaged with {scheme}, treatment {how!r}", actual, expected
 
-    def _exact(self, treatment: str) -> _Blocks:
+    def _exact(self, how: str) -> _Blocks:
+        model = self._model, self._loss
         samples = zip(self._inputs.split(1), self._labels.split(1), strict=True)
-        each = [
-            reference.exact_blocks(self._model, self._loss, *sample, treatment)
-            for sample in samples
-        ]
-        inputs, parameters = zip(*each, strict=True)
-        sums = {
-            k: torch.stack([p[k] for p in parameters]).sum(0) for k in parameters[0]
-        }
+        each = [reference.exact_blocks(*model, *sample, how) for sample in samples]
+        inputs, blocks = zip(*each, strict=True)
+        sums = {n: torch.stack([b[n] for b in blocks]).sum(0) for n in blocks[0]}
         return _of_layer(torch.block_diag(*inputs), sums)
 
     def _send_back(self, hessian: Tensor, treatment: str) -> _Operators:
@@ -243,9 +235,8 @@ class _Check:
 
     def _error(self, value: Tensor, right: Tensor, matrix: Tensor) -> str | None:
         """By how much a value is off, next to the entries of a matrix."""
-        error, largest = (
-            float(x.detach().abs().max()) for x in (value - right, matrix)
-        )
+        error = float((value - right).detach().abs().max())
+        largest = float(matrix.abs().max())
         if error <= self._tolerance * largest:  # Not so for NaN.
             return None
         return f"is off by {error:.2g}; its largest entry is {largest:.2g}"
@@ -258,10 +249,8 @@ class _Check:
             return
         twin = copy.deepcopy(self._layer)
         with torch.enable_grad():
-            J = torch.autograd.functional.jacobian(
-                lambda x: twin(x.clone()), self._inputs
-            )
-        expected = J.reshape(-1, self._inputs.numel())
+            expected = jacobian(lambda x: twin(x.clone()), self._inputs)
+        expected = expected.reshape(-1, self._inputs.numel())
         found = actual.jvp(torch.eye(actual.in_size).to(expected)).T
         if error := self._error(found, expected, expected):
             yield f"jacobian, exact: it {error}"
@@ -311,10 +300,10 @@ def _jacobians(layer: HBPModule) -> Iterator[tuple[str, Jacobian]]:
             continue
         of = f" of {path}" if path else ""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        if not _is_empty(jacobian := module.jacobian()):
-            yield f"jacobian{of}", jacobian
-        for parameter, jacobian in module.parameter_jacobians():
-            yield f"parameter_jacobians{of}, {names[id(parameter)]}", jacobian
+        if not _is_empty(J := module.jacobian()):
+            yield f"jacobian{of}", J
+        for parameter, J in module.parameter_jacobians():
+            yield f"parameter_jacobians{of}, {names[id(parameter)]}", J
 
 
 def _is_empty(J: Jacobian) -> bool:
