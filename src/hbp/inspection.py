@@ -557,7 +557,7 @@ def _lanczos(
         image = _finite(operator @ block)
         products += 1
         basis = torch.cat([basis, block], dim=1)
-        rows = image.T @ basis
+        rows = image.T @ basis  # eigh reads no more than the lower triangle.
         projection = torch.cat([pad(projection, (0, len(rows))), rows])
         values, vectors = torch.linalg.eigh(projection)
         order = torch.arange(len(values), device=values.device)
