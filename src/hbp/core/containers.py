@@ -76,7 +76,8 @@ class HBPResidual(HBPModule):
 
     def __init__(self, branch: HBPModule, shortcut: HBPModule | None = None) -> None:
         super().__init__()
-        for name, module in [("branch", branch), ("shortcut", shortcut or branch)]:
+        past = branch if shortcut is None else shortcut
+        for name, module in [("branch", branch), ("shortcut", past)]:
             if not isinstance(module, HBPModule):
                 raise TypeError(
                     f"{name} is {module}, which sends no curvature backward. Use HBP "

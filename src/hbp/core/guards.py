@@ -51,8 +51,13 @@ def is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def require_floats(name: str, value: object) -> None:
-    """Raise unless ``value`` is a dense floating-point tensor that has data.
+def require_floats(name: str, value: object, data: bool = True) -> None:
+    """Raise unless ``value`` is a floating-point tensor, dense and with data.
+
+    Args:
+        name: What to call it.
+        value: Any object.
+        data: Whether data are needed.
 
     Raises:
         TypeError: it is no tensor.
@@ -64,7 +69,7 @@ def require_floats(name: str, value: object) -> None:
         raise ValueError(
             f"{name} is {value.dtype}; convert it to a floating-point dtype: .float()."
         )
-    if value.layout != torch.strided or value.is_meta:
+    if data and (value.layout != torch.strided or value.is_meta):
         raise ValueError(
             f"{name} is {value.layout} on {value.device}; it must be dense and have "
             "data. Use .to_dense(), or a device other than meta."

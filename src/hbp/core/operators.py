@@ -313,7 +313,7 @@ class DenseOperator(SymmetricOperator):
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        require_floats("matrix", matrix)
+        require_floats("matrix", matrix, data=False)
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be square, got shape {list(matrix.shape)}.")
         if len(matrix) == 0:
