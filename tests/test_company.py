@@ -10,22 +10,27 @@ from helpers import close, randn, spd
 from torch import Tensor, nn
 
 import hbp
+from hbp.core import newton
+from hbp.core.settings import CHECK_EVERY
 from hbp.operators import DenseOperator, KroneckerBlock
-from hbp.optim import cg_newton
-from hbp.optim.lockstep import CHECK_EVERY
+
+Groups = list[tuple[int, int, int]]
 
 
 @pytest.fixture
-def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
-    """The sizes of the systems in every call, and how often the host looks."""
-    calls: list[tuple[list[int], int]] = []
-    solve = cg_newton.cg_lockstep
+def groups(monkeypatch: pytest.MonkeyPatch) -> Groups:
+    """Systems and numbers of the largest, in every call, and how often the host looks.
 
-    def recorded(systems: Any, check_every: int) -> Any:
-        calls.append(([len(s.b) for s in systems], check_every))
-        return solve(systems, check_every)
+    One of the numbers stands for the null space.
+    """
+    calls: Groups = []
+    solve = newton.cg_rows
 
-    monkeypatch.setattr(cg_newton, "cg_lockstep", recorded)
+    def recorded(product_of: Any, b: Tensor, *options: Any) -> Any:
+        calls.append((*b.shape, options[-1]))
+        return solve(product_of, b, *options)
+
+    monkeypatch.setattr(newton, "cg_rows", recorded)
     return calls
 
 
@@ -43,15 +48,15 @@ def step(parameters: list[nn.Parameter], **options: Any) -> hbp.CGNewton:
 
 
 def test_small_systems_share_large_ones_and_functions_do_not(
-    groups: list[tuple[list[int], int]], monkeypatch: pytest.MonkeyPatch
+    groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cg_newton, "LOCKSTEP_UNKNOWNS", 6)
+    monkeypatch.setattr(newton, "TOGETHER", 7)
     parameters = [with_system(spd(n), randn(n)) for n in (3, 7, 6, 4)]
     H = spd(3)
     parameters[3].hvp = spd(4).__matmul__
     parameters.append(with_system(H, randn(3)))
     step(parameters)
-    assert groups == [([3, 6, 3], CHECK_EVERY), ([7], 1), ([4], 1)]
+    assert groups == [(3, 7, CHECK_EVERY), (1, 8, 1), (1, 5, 1)]
     close(
         parameters[4],
         torch.linalg.solve(0.9 * H + 0.1 * torch.eye(3), -parameters[4].grad),
@@ -59,11 +64,11 @@ def test_small_systems_share_large_ones_and_functions_do_not(
     )
 
 
-def test_two_dtypes_in_one_optimizer(groups: list[tuple[list[int], int]]) -> None:
+def test_two_dtypes_in_one_optimizer(groups: Groups) -> None:
     double = [with_system(spd(n), randn(n)) for n in (3, 5)]
     single = with_system(spd(4).float(), randn(4).float())
     step([double[0], single, double[1]])
-    assert groups == [([3, 5], CHECK_EVERY), ([4], CHECK_EVERY)]
+    assert groups == [(2, 6, CHECK_EVERY), (1, 5, CHECK_EVERY)]
     for p in (*double, single):
         H = p.hessian.to_dense()
         expected = torch.linalg.solve(0.9 * H + 0.1 * torch.eye(len(H)), -p.grad)
