@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hbp
-from hbp.core.cg import Product, Solution, cg_rows
+from hbp.core.cg import Product, cg_rows
 from hbp.operators import DenseOperator, SymmetricOperator
 
 # Float64 blocks of these small networks have entries of about 1 and are sums of
@@ -150,9 +150,23 @@ class Row(NamedTuple):
         return (1 - self.alpha) * A + self.alpha * torch.eye(n, dtype=A.dtype)
 
 
+class Solved(NamedTuple):
+    """What ``cg_rows`` finds, a row or a number for each system."""
+
+    x: Tensor
+    iterations: Tensor
+    residual_norm: Tensor
+    converged: Tensor
+    negative_curvature: Tensor
+    on_boundary: Tensor
+    overlap: Tensor
+    norm: Tensor
+    descent: Tensor
+
+
 def solve_rows(
     rows: Sequence[Row], tol: float, maxiter: int | None = None, check_every: int = 1
-) -> Solution:
+) -> Solved:
     """``cg_rows`` on systems of any sizes, each padded with zeros."""
     width = max(len(row.b) for row in rows)
     b = torch.stack([nn.functional.pad(r.b, (0, width - len(r.b))) for r in rows])
@@ -171,7 +185,7 @@ def solve_rows(
         return product
 
     bounded = any(math.isfinite(row.radius) for row in rows)
-    return cg_rows(
+    found = cg_rows(
         product_of,
         b,
         tol,
@@ -180,6 +194,9 @@ def solve_rows(
         b.new_tensor([[row.radius] for row in rows]) if bounded else None,
         check_every,
     )
+    steps, residual, *flags, overlap, norm, descent = found.facts.unbind(1)
+    is_true = [flag > 0 for flag in flags]
+    return Solved(found.x, steps, residual, *is_true, overlap, norm, descent)
 
 
 def columns_by_cg(

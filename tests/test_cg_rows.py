@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import Row, indefinite, randn, solve_rows
+from helpers import Row, Solved, indefinite, randn, solve_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import hbp
-from hbp.core.cg import Solution
 from hbp.operators import DenseOperator
 
 NAN, INF = float("nan"), float("inf")
@@ -48,11 +47,11 @@ def products(row: Row) -> int:
     return row.operator.products
 
 
-def row(result: Solution, i: int) -> Solution:
-    return Solution(*(field[i] for field in result))
+def row(result: Solved, i: int) -> Solved:
+    return Solved(*(field[i] for field in result))
 
 
-def same(left: Solution, right: Solution) -> bool:
+def same(left: Solved, right: Solved) -> bool:
     """Bit for bit, NaN like NaN."""
     pairs = zip(left, right, strict=True)
     return all(torch.equal(a.nan_to_num(7.7), b.nan_to_num(7.7)) for a, b in pairs)
@@ -69,7 +68,7 @@ class Problem(NamedTuple):
     def budget(self) -> int:
         return self.maxiter or 10 * max(len(s.b) for s in self.systems)
 
-    def solve(self, check_every: int = 1) -> Solution:
+    def solve(self, check_every: int = 1) -> Solved:
         return solve_rows(self.systems, self.tol, self.maxiter, check_every)
 
     def alone(self, i: int) -> hbp.CGResult:
@@ -112,7 +111,7 @@ def problems(draw: st.DrawFn, dtype: torch.dtype) -> Problem:
     return Problem(systems, tol, draw(st.sampled_from([None, None, 1, 2, 3, 4, 7])))
 
 
-def assert_like_cg(problem: Problem, i: int, result: Solution) -> None:
+def assert_like_cg(problem: Problem, i: int, result: Solved) -> None:
     """Every field; at the stopping threshold round-off decides, so it has a margin."""
     s, found = problem.systems[i], row(result, i)
     dtype, n = s.b.dtype, len(s.b)
@@ -147,6 +146,11 @@ def assert_like_cg(problem: Problem, i: int, result: Solution) -> None:
     else:
         assert iterations == problem.budget
         assert found.residual_norm > target - slack
+
+    # What depends on x alone.
+    assert float(found.norm) == pytest.approx(float(found.x.norm()), rel=1e-5)
+    descent, size = float(found.x[:n] @ s.b), float(found.x.norm() * s.b.norm())
+    assert float(found.descent) == pytest.approx(descent, rel=1e-5, abs=1e-5 * size)
 
 
 @BOTH
@@ -214,7 +218,7 @@ def test_zero_right_hand_side(dtype: torch.dtype) -> None:
     result = problem.solve()
     found = row(result, 0)
     assert not found.x.any()
-    assert [float(field) for field in found[1:]] == [0, 0, True, False, False, 0]
+    assert [float(field) for field in found[1:]] == [0, 0, True, False, False, 0, 0, 0]
     assert_like_cg(problem, 1, result)
     # With nothing else to do, there is no product at all.
     alone = system(torch.eye(4).to(dtype), zero.b)
@@ -247,6 +251,7 @@ def test_scale_of_the_right_hand_side(dtype: torch.dtype, scale: float) -> None:
     assert one.iterations == scaled.iterations > 0
     assert torch.equal(one.x * scale, scaled.x)
     assert one.residual_norm * scale == scaled.residual_norm
+    assert one.norm * scale == scaled.norm
     assert (bool(scaled.converged), bool(scaled.negative_curvature)) == (True, False)
     # atol has the unit of b.
     target = float(one.residual_norm) * 1.5
@@ -367,6 +372,7 @@ def test_no_positive_curvature_is_no_step(dtype: torch.dtype, value: float) -> N
     assert not found.converged
     # A square root and a product with the unit.
     assert float(found.residual_norm) == pytest.approx(float(s.b.norm()), rel=1e-6)
+    assert (float(found.norm), float(found.descent)) == (0, 0)
     assert_like_cg(problem, 1, result)
 
 

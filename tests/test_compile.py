@@ -109,7 +109,7 @@ def test_one_graph_without_gradients() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         close(compiled(x), model(x))
-    assert all(layer._record is None for layer in model)
+    assert not any("last_record" in vars(layer) for layer in model)
 
 
 def test_fullgraph_with_gradients_is_refused_by_torch() -> None:
@@ -123,10 +123,10 @@ def test_what_is_exported_or_traced_leaves_no_record() -> None:
     """The programs compute what the model does; the record of its own pass stays."""
     model, (x, _) = small_net(), small_batch()
     outputs = model(x)
-    records = [layer._record for layer in model]
+    records = [layer.last_record for layer in model]
     for program in (
         torch.export.export(model, (x,), strict=False).module(),
         torch.fx.symbolic_trace(model),
     ):
         assert torch.equal(program(x), outputs)
-        assert all(a._record is b for a, b in zip(model, records, strict=True))
+        assert all(a.last_record is b for a, b in zip(model, records, strict=True))

@@ -63,7 +63,7 @@ def test_steihaug_by_itself_and_in_company(matrix, radius: float) -> None:
         assert bool(found.negative_curvature[i]) == single.negative_curvature
         assert int(found.iterations[i]) == single.iterations
         if single.on_boundary:
-            assert float(found.x[i].norm()) == pytest.approx(radius, rel=1e-12)
+            assert float(found.norm[i]) == pytest.approx(radius, rel=1e-12)
             # Not above the model at the Cauchy point, the best along b.
             curvature, size = float(s.b @ A @ s.b), float(s.b.norm())
             step = radius / size
