@@ -25,17 +25,17 @@ from hbp import (
     inspection,
     negative_mass,
 )
+from hbp.blocks import BlockDiagonal, split
+from hbp.core.jacobians import Diagonal, Matrix
 from hbp.operators import (
     Congruence,
     DenseOperator,
-    DiagonalMap,
-    DirectSum,
+    DiagonalOperator,
     KroneckerBlock,
-    KroneckerProduct,
     MatrixFree,
-    MatrixMap,
+    OperatorSum,
+    SampleBlocks,
     SymmetricOperator,
-    attach_hessian,
 )
 
 # In float64, relative to the largest eigenvalue. Measured over all kinds below and five
@@ -53,9 +53,14 @@ def matrix_free(H: Tensor) -> MatrixFree:
 
 def _chain(H: Tensor) -> Congruence:
     """Back through a weight, an activation and another weight."""
-    operator = Congruence(DenseOperator(H), MatrixMap(randn(len(H), 7)))
-    bent = Congruence(operator, DiagonalMap(randn(7)), randn(7))
-    return Congruence(bent, MatrixMap(randn(7, 12)))
+    operator = Congruence(DenseOperator(H), Matrix(randn(len(H), 7), 1))
+    bent = Congruence(operator, Diagonal(randn(1, 7)), DiagonalOperator(randn(7)))
+    return Congruence(bent, Matrix(randn(7, 12), 1))
+
+
+def _product(H: Tensor) -> KroneckerBlock:
+    """H ⊗ S for a definite S."""
+    return KroneckerBlock(DenseOperator(H), torch.linalg.cholesky(spd(3)).T)
 
 
 KINDS: dict[str, Callable[[Tensor], SymmetricOperator]] = {
@@ -64,8 +69,11 @@ KINDS: dict[str, Callable[[Tensor], SymmetricOperator]] = {
     "one row": lambda H: KroneckerBlock(DenseOperator(H), randn(1, 5)),
     "several rows": lambda H: KroneckerBlock(DenseOperator(H), randn(3, 5)),
     "many rows": lambda H: KroneckerBlock(DenseOperator(H), randn(9, 5)),
-    "product": lambda H: KroneckerProduct(DenseOperator(H), spd(3)),
-    "sum": lambda H: DirectSum([DenseOperator(H), matrix_free(spd(3)), _chain(H)]),
+    "product": _product,
+    "sum": lambda H: OperatorSum([_chain(H), matrix_free(spd(12)), _product(H)]),
+    "samples": lambda H: SampleBlocks(torch.stack([H, spd(4), 2 * H])),
+    "blocks": lambda H: BlockDiagonal(_product(H), [5, 1, 6]),
+    "split": lambda H: split(_product(H), [3, 9]),
     "matrix-free": matrix_free,
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -468,11 +476,11 @@ def test_closed_forms_build_nothing_quadratic(
         return to_dense(self)
 
     monkeypatch.setattr(SymmetricOperator, "to_dense", watch)
-    monkeypatch.setattr(SymmetricOperator, "to_dense_once", watch)
     output = DenseOperator(spd(10))
-    wide = Congruence(output, MatrixMap(randn(10, 3000)))
-    wide = Congruence(wide, DiagonalMap(randn(3000)), randn(3000))
-    wider = Congruence(wide, MatrixMap(randn(3000, 2000) / 50))
+    wide = Congruence(output, Matrix(randn(10, 3000), 1))
+    bent = DiagonalOperator(randn(3000))
+    wide = Congruence(wide, Diagonal(randn(1, 3000)), bent)
+    wider = Congruence(wide, Matrix(randn(3000, 2000) / 50, 1))
     for operator in (wide, wider, KroneckerBlock(wider, randn(4, 3))):
         result = getattr(operator, method)()
         assert result.numel() <= operator.shape[0]
@@ -654,9 +662,9 @@ def test_estimated_traces_say_so(wrap: bool) -> None:
     H = spd(1100) if wrap else indefinite(1100)
     hidden = Untouchable(lambda v: H @ v, 1100, H.dtype, H.device)
     layer = hbp.HBPLinear(1, 1100).double()
-    attach_hessian(layer.bias, DirectSum([hidden]) if wrap else hidden)
+    layer.bias.hessian = BlockDiagonal(hidden, [1100]) if wrap else hidden
     row = torch.full((1, 1), 2.0, dtype=torch.float64)
-    attach_hessian(layer.weight, KroneckerBlock(hidden, row))
+    layer.weight.hessian = KroneckerBlock(hidden, row)
     report = inspect_curvature(layer, 0.1)
     weight, bias = report.rows
     assert bias.trace_error > 0
@@ -699,7 +707,7 @@ def test_unconverged_eigenvalues_are_marked(monkeypatch: pytest.MonkeyPatch) -> 
     values = torch.cat([values, torch.linspace(0, 1e-3, 1500).double()])
     layer = hbp.HBPLinear(1, 3000, bias=False).double()
     operator = Untouchable(lambda v: values * v, 3000, values.dtype, values.device)
-    attach_hessian(layer.weight, operator)
+    layer.weight.hessian = operator
     short = extremal_eigenvalues(operator, maxiter=3)
     monkeypatch.setattr(inspection, "extremal_eigenvalues", lambda *_, **__: short)
     # Definite beyond doubt, so that only convergence is missing.
