@@ -20,8 +20,7 @@ eq-parts and eq-parts-exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -29,14 +28,9 @@ from torch import Tensor
 
 from hbp.core.guards import is_count, require_floats
 from hbp.core.jacobians import Batch, Chain, Jacobian, as_batch
-from hbp.core.operators import (
-    DenseOperator,
-    KroneckerBlock,
-    SampleBlocks,
-    SymmetricOperator,
-    eigh_of_gram,
-)
-from hbp.fast import FastBatch, RowsBlock
+from hbp.core.operators import DenseOperator, KroneckerBlock, SampleBlocks, eigh_of_gram
+from hbp.core.operators import SymmetricOperator as Operator
+from hbp.fast import FastBatch
 
 if TYPE_CHECKING:  # A torch without torch.distributed has no such name.
     from torch.distributed import ProcessGroup
@@ -101,14 +95,14 @@ def average(
     _sum_over_processes([tensor.div_(size) for tensor in own], process_group)
 
 
-class JointOperator(SymmetricOperator):
+class JointOperator(Operator):
     """The mean over processes of an operator that each of them has.
 
     The exact block of a batch in parts, [in one sum][eq-parts-exact]. Every answer that
     is computed from the operator is an exchange: all processes have to ask.
     """
 
-    def __init__(self, own: SymmetricOperator, process_group: ProcessGroup) -> None:
+    def __init__(self, own: Operator, process_group: ProcessGroup) -> None:
         super().__init__(own.shape[0], own, own.reads)
         self._own, self._process_group = own, process_group
 
@@ -116,7 +110,7 @@ class JointOperator(SymmetricOperator):
         return self._mean(self._own.product(rows))
 
     @staticmethod
-    def products(pairs: Sequence[tuple[SymmetricOperator, Tensor]]) -> list[Tensor]:
+    def products(pairs: Sequence[tuple[Operator, Tensor]]) -> list[Tensor]:
         """As of any operators, but exchanged in one message."""
         groups: dict[ProcessGroup, list[Tensor]] = {}
         found = []
@@ -150,21 +144,6 @@ class JointOperator(SymmetricOperator):
         )
 
 
-class _Sum(NamedTuple):
-    """A statistic that adds up: a mean over samples, or over processes."""
-
-    own: Tensor
-    over_samples: bool
-
-
-class _Samples(NamedTuple):
-    """Samples of a layer, [N, ...], and δ, if only w FᵀF = E[xxᵀ] is asked for."""
-
-    own: Tensor
-    delta: Tensor | None
-    is_factor: bool
-
-
 class JointBatch(FastBatch):
     """The batch of all processes of a group.
 
@@ -176,26 +155,57 @@ class JointBatch(FastBatch):
         _require_initialised()
         self._group = process_group
         self._size = dist.get_world_size(process_group)
-        self._asked: list[_Sum | _Samples] = []
-        self._answers: Iterator[Any] | None = None
-        self._count, self._is_exact, self._blocks = 0, False, 0
+        self._count = self._entries = self._total = 0
+        self._counts: list[int] = []
+        self._is_exact = False
+        # What processes add up, and the sums, once they are known.
+        self._summands: list[Callable[[], Tensor | None]] = []
+        self._sums: Iterator[Tensor] | None = None
 
     def read(self, passage: Callable[[Batch], Any]) -> Any:
         """The passage, twice: to ask, and with the answers of all processes."""
-        with self._together():
+        result, error = None, None
+        try:
             result = passage(self)
+        except Exception as problem:
+            error = problem
+        self._agree(error)
         if self._is_exact:
             return result
-        self._answers = iter(self._exchanged())
+        sums = [own for summand in self._summands if (own := summand()) is not None]
+        _sum_over_processes(sums, self._group)
+        self._sums = iter(sums)
         return passage(self)
+
+    def _agree(self, error: Exception | None) -> None:
+        """If there is an error in one process, raise in all of them.
+
+        Otherwise the others would wait for ever for the one that gave up.
+        """
+        header = torch.tensor([error is not None, self._count, self._entries])
+        headers = self._gathered(header.to(_device_of(self._group)))
+        if error is not None:
+            raise error
+        failed, self._counts, entries = headers.T.tolist()
+        if any(failed):
+            raise RuntimeError(
+                f"backward_hessian() failed in process {failed.index(1)} of the group, "
+                "whose own message says why. No p.hessian was set in any."
+            )
+        if len(set(entries)) > 1:
+            raise RuntimeError(
+                "The processes do not have the same model with the same options: they "
+                f"would exchange {entries} numbers."
+            )
+        self._total = sum(self._counts)
 
     def mean_of_sum(self, own: Tensor, count: int) -> Tensor:
         self._count = count
-        return self._ask(_Sum(own, True), own / count)
+        return self._sum(own / count, lambda: own / self._total)
 
     def total(self, values: Tensor) -> Tensor:
         own = super().total(values)
-        return self._ask(_Sum(own, False), own)
+        return self._sum(own, lambda: own / self._size)
 
     def of_all(self, J: Jacobian) -> Jacobian:
         if isinstance(J, Chain):
@@ -204,106 +214,55 @@ class JointBatch(FastBatch):
             return Chain([step.with_data(step.data, most) for step in steps])
         if J.data is None:
             return J
-        self._count = len(J.data)
-        data = self._ask(_Samples(J.data, None, False), J.data)
+        data = self._all_samples(J.data)
         return J.with_data(data, len(data))
 
-    def output_hessian(self, H: SymmetricOperator) -> SymmetricOperator:
+    def output_hessian(self, H: Operator) -> Operator:
         self._is_exact = isinstance(H, SampleBlocks)
         if self._is_exact:
             return H
         own = H.to_dense()
-        return DenseOperator(self._ask(_Sum(own, False), own))
+        return DenseOperator(self._sum(own, lambda: own / self._size))
 
-    def exact_block(self, block: SymmetricOperator) -> SymmetricOperator:
-        self._blocks += block.shape[0]
+    def exact_block(self, block: Operator) -> Operator:
+        self._entries += block.shape[0]
         return JointOperator(block, self._group)
 
-    def weight_block(
-        self, H: SymmetricOperator, x: Tensor, delta: Tensor | None
-    ) -> SymmetricOperator:
-        self._count = len(x)
-        own = super().weight_block(H, x, delta)
-        rows, weight, delta = self._ask(_Samples(x, delta, True), (x, 1.0, None))
-        if self._answers is None:
-            return own
-        if delta is None:
-            return KroneckerBlock(H, rows, weight)
-        return RowsBlock(H, rows, weight, delta)
-
-    def _ask(self, statistic: _Sum | _Samples, own: Any) -> Any:
-        """The answer; in the first passage, what this process alone would say."""
-        if self._answers is None:
-            self._asked.append(statistic)
-            return own
-        return next(self._answers)
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """If the block raises in one process, raise in all of them.
-
-        Otherwise the others would wait for ever for the one that gave up.
-        """
-        error = None
-        try:
-            yield
-        except Exception as problem:
-            error = problem
-        entries = self._blocks
-        for asked in self._asked:
-            own = asked.own if isinstance(asked, _Sum) else asked.own[:1]
-            entries += own.numel()
-        header = torch.tensor([error is not None, self._count, entries])
-        headers = self._gathered(header.to(_device_of(self._group))).tolist()
-        if error is not None:
-            raise error
-        for rank, (has_failed, _, _) in enumerate(headers):
-            if has_failed:
-                raise RuntimeError(
-                    f"backward_hessian() failed in process {rank} of the group, whose "
-                    "own message says why. No p.hessian was set in any."
-                )
-        if len({others for _, _, others in headers}) > 1:
-            raise RuntimeError(
-                "The processes do not have the same model with the same options: they "
-                f"would exchange {[others for _, _, others in headers]} numbers."
-            )
-        self._counts = [count for _, count, _ in headers]
-
-    def _exchanged(self) -> Iterator[Any]:
-        """The answers, in the order of the questions; see eq-parts.
+    def weight_block(self, H: Operator, x: Tensor, delta: Tensor | None) -> Operator:
+        """From E[xxᵀ] or from all samples; see eq-parts.
 
         E[xxᵀ] has features² numbers, and N x's have N · features: the fewer travel.
         """
-        total, sums = sum(self._counts), []
-        for asked in self._asked:
-            if isinstance(asked, _Sum):
-                divisor = total if asked.over_samples else self._size
-                sums.append(asked.own / divisor)
-            elif self._sends_moments(asked):
-                sums.append(asked.own.T @ asked.own / total)
-        _sum_over_processes(sums, self._group)
-        summed = iter(sums)
-        for asked in self._asked:
-            if isinstance(asked, _Sum):
-                yield next(summed)
-            elif self._sends_moments(asked):
-                values, vectors = eigh_of_gram(next(summed))
-                # F = √Λ Qᵀ of E[xxᵀ] = QΛQᵀ.
-                yield (vectors * values.sqrt()).T.contiguous(), 1.0, None
-            else:
-                everybody = self._all_samples(asked.own)
-                delta = asked.delta
-                if delta is not None:
-                    # The joint loss is a mean over processes, and so is its gradient.
-                    delta = self._all_samples(delta) / self._size
-                yield (everybody, 1 / total, delta) if asked.is_factor else everybody
 
-    def _sends_moments(self, asked: _Samples) -> bool:
-        return asked.is_factor and asked.own.shape[1] <= sum(self._counts)
+        def moments() -> Tensor | None:
+            return x.T @ x / self._total if x.shape[1] <= self._total else None
+
+        if self._sums is None:
+            self._summands.append(moments)
+            return super().weight_block(H, self._all_samples(x), delta)
+        if x.shape[1] <= self._total:
+            values, vectors = eigh_of_gram(next(self._sums))
+            # F = √Λ Qᵀ of E[xxᵀ] = QΛQᵀ.
+            return KroneckerBlock(H, (vectors * values.sqrt()).T.contiguous())
+        everybody = self._all_samples(x)
+        if delta is not None:
+            # The joint loss is a mean over processes, and so is its gradient.
+            delta = self._all_samples(delta) / self._size
+        return super().weight_block(H, everybody, delta)
+
+    def _sum(self, alone: Tensor, summand: Callable[[], Tensor]) -> Tensor:
+        """Σ over processes; in the first passage, what this one alone would say."""
+        if self._sums is not None:
+            return next(self._sums)
+        self._entries += alone.numel()
+        self._summands.append(summand)
+        return alone
 
     def _all_samples(self, own: Tensor) -> Tensor:
-        """[N_r, ...] → [N, ...], in the order of the processes."""
+        """[N_r, ...] → [N, ...], in the order of the processes; likewise."""
+        if self._sums is None:
+            self._count, self._entries = len(own), self._entries + own[:1].numel()
+            return own
         # A process with fewer samples fills up its message.
         message = own.new_zeros(max(self._counts), *own.shape[1:])
         message[: len(own)] = own
@@ -337,9 +296,9 @@ def _sum_over_processes(
 
 def _device_of(process_group: ProcessGroup | None) -> torch.device:
     """A device whose tensors the group can exchange."""
-    on_gpu = dist.get_backend(process_group) == "nccl"
-    index = torch.cuda.current_device() if on_gpu else None
-    return torch.device("cuda" if on_gpu else "cpu", index)
+    if dist.get_backend(process_group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _require_initialised() -> None:
