@@ -52,8 +52,7 @@ class Way:
         treatment: Of second-order terms.
         average_input: As in ``set_hbp_approximation``.
         average_parameter: The same.
-        joint_bias: As in ``set_hbp_blocks``.
-        sub_blocks: The same.
+        sub_blocks: As in ``set_hbp_blocks``.
         trust_radius: As in ``CGNewton``.
         solver: The same.
     """
@@ -62,7 +61,6 @@ class Way:
     treatment: str = "abs"
     average_input: bool = True
     average_parameter: bool = True
-    joint_bias: bool = False
     sub_blocks: int = 1
     trust_radius: float | None = None
     solver: str = "cg"
@@ -82,11 +80,11 @@ WAYS = [
     Way(exact=True, treatment="none", trust_radius=0.1),
     Way(average_input=False, treatment="clip"),
     Way(average_parameter=False, treatment="zero"),
-    Way(joint_bias=True),
-    Way(exact=True, joint_bias=True, treatment="zero"),
+    Way(sub_blocks=2),
+    Way(exact=True, treatment="zero"),
     Way(trust_radius=0.1, treatment="none"),
     Way(sub_blocks=2, solver="direct"),
-    Way(joint_bias=True, solver="direct"),
+    Way(solver="direct"),
 ]
 
 
@@ -126,7 +124,7 @@ class Training:
     def choose(self, way: Way) -> None:
         """Let the next step be computed in this way."""
         self.model.set_hbp_approximation(way.average_input, way.average_parameter)
-        self.model.set_hbp_blocks(way.sub_blocks, way.joint_bias)
+        self.model.set_hbp_blocks(way.sub_blocks)
         (group,) = self.optimizer.param_groups
         group.update(trust_radius=way.trust_radius, solver=way.solver)
 
