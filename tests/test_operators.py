@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hbp.blocks import BlockDiagonal, split
 from hbp.core import operators
-from hbp.core.jacobians import Diagonal, Matrix
+from hbp.core.jacobians import Diagonal, Matrix, as_batch
 from hbp.core.operators import Repeated, System, solve_system
 from hbp.fast import RowsBlock
 from hbp.operators import (
@@ -108,11 +108,12 @@ def _chain(make: Callable[[int], Tensor], formed: bool = False) -> Pair:
 def _through_narrow_weights(make: Callable[[int], Tensor]) -> Pair:
     """Each layer twice as wide as the one above, so that a solve goes through that."""
     operator, dense = _dense(make, 2)
+    through = as_batch(None).congruence
     for size in (4, 9):
         W, d, r = randn(operator.shape[0], size), randn(size), randn(size).abs()
-        operator = Congruence(operator, Matrix(W, 1))
+        operator = through(Matrix(W, 1), operator, None)
         term = DiagonalOperator(r, nonnegative=True)
-        operator = Congruence(operator, Diagonal(d[None]), term)
+        operator = through(Diagonal(d[None]), operator, term)
         J = W.numpy() * d.numpy()
         dense = J.T @ dense @ J + np.diag(r)
     return operator, dense
