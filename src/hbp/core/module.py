@@ -75,7 +75,7 @@ class Reading:
     ) -> Operator:
         """JᵀHJ + R as the batch is read: exact, E[J]ᵀ H E[J] + R, or E[JᵀHJ] + R."""
         if isinstance(H, ZeroOperator):
-            features = J.in_shape.numel() * (self.samples or 1)
+            features = J.in_size if self.samples else J.in_shape.numel()
             return ZeroOperator(features, H) if R is None else R
         averaged = average and not self.samples
         if averaged:
