@@ -537,6 +537,36 @@ def test_layers_of_a_converted_model_stay() -> None:
 Step = Callable[[Any, Any], Any]
 
 
+class NamedLikeMethods(nn.Module):
+    """Its layers have the names of what a tensor can do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add = nn.Linear(4, 4)
+        self.add_ = nn.Linear(4, 4)
+        self.size = nn.Linear(4, 4)
+        self.view = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.view(self.size(self.add_(self.add(x)))) + x
+
+
+def test_layers_may_be_named_like_methods() -> None:
+    model = NamedLikeMethods().double()
+    twin, x = hbp.convert(model), torch.randn(3, 4, dtype=torch.float64)
+    assert torch.equal(twin(x), model(x))
+    assert list(twin.state_dict()) == list(model.state_dict())
+    branch = nn.Sequential(model.add, model.add_, model.size, model.view)
+    twin(x).square().sum().backward()
+    of_input = twin.backward_hessian(2 * 3 * torch.eye(4).double(), True, "zero")
+    mean = torch.stack(
+        [torch.autograd.functional.jacobian(branch, one) for one in x]
+    ).mean(0)
+    J = mean + torch.eye(4)
+    assert of_input is not None
+    torch.testing.assert_close(of_input.to_dense(), 6 * J.T @ J)
+
+
 class Free(nn.Module):
     def __init__(self, step: Step) -> None:
         super().__init__()

@@ -230,7 +230,7 @@ class _Reading:
         # The latest value that all paths to a value go through.
         self._before: dict[fx.Node, fx.Node] = {}
         for node in self._graph.nodes:
-            if node.op.startswith("call") and node.target not in _SHAPES:
+            if node.op.startswith("call") and _called(node) not in _SHAPES:
                 values = self._operands(node)
                 past = set(self._line(values[-1]))
                 self._before[node] = next(v for v in self._line(values[0]) if v in past)
@@ -288,7 +288,7 @@ class _Reading:
         """The values that a step takes: one, or the two of a sum."""
         if node.op != "call_module" and node.target not in _STEPS:
             raise _unsupported(f"{_described(node)} in {self._where}")
-        count = 2 if node.target in _SUMS else 1
+        count = 2 if _called(node) in _SUMS else 1
         operands = [value for value in node.args[:count] if isinstance(value, fx.Node)]
         others = (node.args[count:], node.kwargs)
         if len(operands) < count or (count == 2 and any(others)):
@@ -298,7 +298,7 @@ class _Reading:
             )
         for value in operands:
             self._require_value(value)
-        if node.target in _IN_PLACE_SUMS and len(operands[0].users) > 1:
+        if _called(node) in _IN_PLACE_SUMS and len(operands[0].users) > 1:
             raise self._error(
                 f"{_described(node)} overwrites what is used elsewhere, too; write "
                 "x + y"
@@ -326,7 +326,7 @@ class _Reading:
                     "not as x + branch(x) or shortcut(x) + branch(x)"
                 )
             self._read.add(end)
-            read = self._residual if end.target in _SUMS else self._step
+            read = self._residual if _called(end) in _SUMS else self._step
             steps.append(read(end))
             end = self._before[end]
         return [step for step in reversed(steps) if not _is_empty(step)]
@@ -421,6 +421,11 @@ def _summary(graph: fx.Graph, training: bool) -> list[tuple[Any, ...]]:
             del options["training"]
         steps.append((node.op, node.target, str(node.args), str(options)))
     return steps
+
+
+def _called(node: fx.Node) -> Any:
+    """A function or a method's name; None for a layer, which may have such a name."""
+    return None if node.op == "call_module" else node.target
 
 
 def _is_batch_size(size: Any) -> bool:
