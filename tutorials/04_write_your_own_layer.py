@@ -71,12 +71,7 @@ from hbp import (
     per_sample_hessian,
     set_seeds,
 )
-from hbp.maps import (
-    BiasMap,
-    ChainMap,
-    DenseSampleMap,
-    LinearWeightMap,
-)
+from hbp.core.jacobians import Bias, Chain, Matrix, Weight
 from hbp.reference import hessian_blocks
 from hbp.testing import check_layer
 from hbp.tutorial.plotting import Panel, curves, matrices
@@ -535,8 +530,8 @@ print("Every block is the Hessian's, by autograd.")
 # remember what the rules will want to know: here, $x$.
 #
 # Jacobians are not matrices but *maps*, objects that multiply by $J$
-# and by $J^\top$. `hbp.maps` has the usual ones, and `ChainMap` puts
-# them in a row. With $h = Bx$ our layer is $z = Ah + b$, so
+# and by $J^\top$. `hbp.core.jacobians` has the usual ones, and `Chain`
+# puts them in a row. With $h = Bx$ our layer is $z = Ah + b$, so
 #
 # $$
 # \frac{\partial z}{\partial x} = A B, \qquad
@@ -551,43 +546,38 @@ print("Every block is the Hessian's, by autograd.")
 class LowRankByMaps(HBPModule, LowRank):
     """z = ABx + b, rule by rule."""
 
-    average_parameter_jacobian = True
+    schemes = ("average_parameter_jacobian",)
 
     def forward(self, x):
         return self.record(x, super().forward(x), keep=x)
 
-    def jacobian(self, hessian_pass):
+    def jacobian(self):
         """∂z/∂x = AB."""
-        n = hessian_pass.samples
-        down = DenseSampleMap(self.B, n)
-        up = DenseSampleMap(self.A, n)
-        return ChainMap([down, up], down.in_size)
+        n = len(self.last_record.kept)
+        return Chain([Matrix(self.B, n), Matrix(self.A, n)])
 
-    def parameter_jacobians(self, hessian_pass):
+    def parameter_jacobians(self):
         """∂z/∂A, ∂z/∂B and ∂z/∂b."""
-        n = hessian_pass.samples
-        x = hessian_pass.mean(self.last_record.kept).view(n, -1)
-        rank, out = len(self.B), len(self.A)
+        x = self.last_record.kept
+        rank, out, n = len(self.B), len(self.A), len(x)
 
-        yield self.A, LinearWeightMap(x @ self.B.T, out)
-
-        of_h = LinearWeightMap(x, rank)
-        up = DenseSampleMap(self.A, n)
-        yield self.B, ChainMap([of_h, up], of_h.in_size)
-
-        yield self.bias, BiasMap(n, out, 1)
+        yield self.A, Weight(x @ self.B.T, out)
+        yield self.B, Chain([Weight(x, rank), Matrix(self.A, n)])
+        yield self.bias, Bias(self.bias.shape, self.bias.shape, n)
 
 
 # %% [markdown]
-# The *pass* tells a rule how it will be read. In an averaged pass,
-# the batch is one virtual sample. Then `samples` is 1, and `mean`
-# averages. In an exact pass, `samples` is the size of the batch, and
-# `mean` leaves everything as it is. The rule is written once, for
+# Every rule speaks of all samples: `x` is the whole batch, and each
+# map either holds what differs between samples, as `Weight` holds
+# their $x$, or is told their number. How the batch is read is not the
+# layer's concern. Exact curvature uses the maps as they are. Averaged
+# curvature uses the same maps once more, with the mean of what they
+# hold, for a single virtual sample. So a rule is written once, for
 # both.
 #
-# The attribute `average_parameter_jacobian` tells
-# `set_hbp_approximation` that this layer has that choice, and is its
-# default.
+# The attribute `schemes` names which of the two choices of
+# `set_hbp_approximation` matter here. The other one does, too, in a
+# layer whose $\partial z / \partial x$ differs between samples.
 
 # %%
 set_seeds(0)
@@ -616,8 +606,8 @@ print("By maps or by autograd, the blocks are equal.")
 
 # %%
 class Forgetful(LowRankByMaps):
-    def parameter_jacobians(self, hessian_pass):
-        for p, jacobian in super().parameter_jacobians(hessian_pass):
+    def parameter_jacobians(self):
+        for p, jacobian in super().parameter_jacobians():
             if p is not self.bias:
                 yield p, jacobian
 
