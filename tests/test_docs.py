@@ -121,7 +121,7 @@ def test_site_documents_every_public_name(site: Path) -> None:
     """In an entry of its own, or among the layers of a rule."""
     html = (site / "api/index.html").read_text("utf-8")
     anchors = {name.split(".")[-1] for name in re.findall(r'id="(hbp\.[\w.]+)"', html)}
-    listed = set(re.findall(r"<code>(HBP\w+)</code>", html))
+    listed = set(re.findall(r"<code>(HBP[A-Za-z]\w+)</code>", html))
     public = [
         name
         for name, value in vars(hbp).items()
