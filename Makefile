@@ -22,7 +22,7 @@ COMPARED := $(LONGEST) $(filter-out $(LONGEST),$(ALL))
 
 # What runs with the oldest versions, and the Python for it, unless one is given.
 OLDEST_PYTHON ?= $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
-CORE := architecture behaviour blocks cg cg_newton cg_rows checkpoint columns convert \
+CORE := behaviour blocks cg cg_newton cg_rows checkpoint columns convert \
         datasets errors exact layers losses modules operators parallel precision reference
 
 .DEFAULT_GOAL := help
