@@ -22,10 +22,10 @@ BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 class Counting(DenseOperator):
     """A matrix that counts its products."""
 
-    products = 0
+    count = 0
 
     def product(self, rows: Tensor) -> Tensor:
-        self.products += 1
+        self.count += 1
         return super().product(rows)
 
 
@@ -44,7 +44,7 @@ def system(matrix: Tensor, b: Tensor | None = None, *options: float) -> Row:
 
 def products(row: Row) -> int:
     assert isinstance(row.operator, Counting)
-    return row.operator.products
+    return row.operator.count
 
 
 def row(result: Solved, i: int) -> Solved:

@@ -273,10 +273,10 @@ def test_a_gpu_waits_no_more_often_than_it_is_read(solver: str, depth: int) -> N
 class Counting(DenseOperator):
     """A matrix that counts its products."""
 
-    products = 0
+    count = 0
 
     def product(self, rows: Tensor) -> Tensor:
-        self.products += 1
+        self.count += 1
         return super().product(rows)
 
 
@@ -297,7 +297,7 @@ def test_one_product_serves_a_weight_and_its_bias(average: bool, samples: int) -
     infos = [optimizer.last_step[p] for p in layer.parameters()]
     assert min(info.iterations for info in infos) > CHECK_EVERY
     most = max(info.iterations for info in infos)
-    assert H.products <= math.ceil(most / CHECK_EVERY) * CHECK_EVERY
+    assert H.count <= math.ceil(most / CHECK_EVERY) * CHECK_EVERY
 
 
 # --------------------------------------------------------------------------------------
