@@ -164,3 +164,18 @@ def test_copies_keep_the_choice(copied: Callable) -> None:
 def test_bad_sub_blocks(value: Any) -> None:
     with pytest.raises(ValueError, match=r"sub_blocks=.*positive integer"):
         dense_net().set_hbp_blocks(value)
+
+
+def test_each_block_is_an_operator_of_its_own() -> None:
+    """Of a convolution's weight: one for each output channel, without the whole."""
+    model, whole = image_net(), image_net()
+    model.set_hbp_blocks(sub_blocks=5)
+    send_back(model, "exact")
+    send_back(whole, "exact")
+    matrix = whole[1].weight.hessian.to_dense()
+    blocks = model[1].weight.hessian.blocks
+    assert len(blocks) == 5
+    for i, block in enumerate(blocks):
+        own = slice(4 * i, 4 * i + 4)
+        close(block.to_dense(), matrix[own, own])
+        close(block.diagonal(), matrix.diagonal()[own])

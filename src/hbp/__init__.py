@@ -5,6 +5,8 @@ Feedforward Architectures", AISTATS 2020, arXiv 1902.01813.
 """
 
 from hbp import blocks, distributed, fast  # noqa: F401  # They join the core.
+from hbp import modules as modules
+from hbp import optim as optim
 from hbp.convert import convert as convert
 from hbp.core.newton import CGNewton as CGNewton
 from hbp.damping import LevenbergMarquardt as LevenbergMarquardt

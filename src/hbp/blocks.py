@@ -99,6 +99,13 @@ class BlockDiagonal(SymmetricOperator):
         products = self.outer.product(alone).view(len(rows), *self._masks.shape)
         return (products * self._masks).sum(1)
 
+    @property
+    def blocks(self) -> list[SymmetricOperator]:
+        """An operator for each block, in order."""
+        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        spans = zip(self.sizes, ends, strict=True)
+        return [_Block(self.outer, end - size, size) for size, end in spans]
+
     def _parts(self) -> list[Tensor]:
         """The blocks themselves."""
         whole, ends = self.outer.to_dense(), torch.tensor(self.sizes).cumsum(0).tolist()
@@ -123,6 +130,19 @@ class BlockDiagonal(SymmetricOperator):
         solved = [DenseOperator(p).solve_damped(b, weight, shift) for p, b in parts]
         solutions, margins = zip(*solved, strict=True)
         return torch.cat(solutions, dim=1), torch.stack(margins).min()
+
+
+class _Block(SymmetricOperator):
+    """So many rows and columns of A, from ``start``."""
+
+    def __init__(self, outer: SymmetricOperator, start: int, size: int) -> None:
+        super().__init__(size, outer, outer.reads)
+        self._outer, self._own = outer, slice(start, start + size)
+
+    def product(self, rows: Tensor) -> Tensor:
+        whole = rows.new_zeros(len(rows), self._outer.shape[0])
+        whole[:, self._own] = rows
+        return self._outer.product(whole)[:, self._own]
 
 
 HBPModule.set_hbp_blocks = set_hbp_blocks

@@ -112,13 +112,12 @@ class LevenbergMarquardt:
         return ratio
 
     def _predicted(self) -> float:
-        # A weight and a bias with a joint block share one report.
-        steps = {id(info): info for info in self.optimizer.last_step.values()}
+        steps = self.optimizer.last_step.values()
         if not steps:
             raise RuntimeError(
                 "There is no step to judge. Call optimizer.step() before step()."
             )
-        predicted = sum(info.undamped_decrease for info in steps.values())
+        predicted = sum(info.undamped_decrease for info in steps)
         if math.isfinite(predicted):
             return predicted
         raise ValueError(

@@ -128,7 +128,7 @@ class Record:
         layer: Whose parameters and buffers are to stay as they are.
         x: [N, ...].
         z: [N, ...].
-        keep: The one of them that the layer's rules need, or None.
+        keep: What the layer's rules need, as a rule one of the two; or None.
         delta: Whether to keep δ, and to insist on it.
 
     Attributes:
@@ -460,7 +460,7 @@ class HBPModule(nn.Module):
         Args:
             x: The input, [N, ...].
             z: The output, [N, ...].
-            keep: The one of them that the layer's rules need, or None.
+            keep: What the layer's rules need, as a rule one of the two; or None.
             with_gradient: ``False`` for a layer whose z is a view of x. It has no use
                 for δ, and autograd drops the hook if z is then changed in place.
         """
