@@ -138,8 +138,33 @@ def test_without_damping_the_step_stays_in_the_span(inputs: Tensor) -> None:
     for p in (told, other):
         info = step(p, alpha=0.0, cg_tol=1e-9, cg_atol=0.0)
         assert info.step_norm < 1e8
+        assert (info.converged, info.negative_curvature) == (True, False)
         # "nearly equal samples" have a condition of 1e7.
         assert (b - matrix @ p.detach().flatten()).norm() <= 1e-5 * b.norm()
+
+
+def test_round_off_is_not_solved_for() -> None:
+    """A singular H, beside which α is next to nothing, as under a loss of 1e37.
+
+    In its null space, and for the smallest λ, the gradient is round-off. What a column
+    of that may do is measured by the whole gradient, not by the column itself.
+    """
+    probabilities = randn(9, OUT).softmax(1)
+    H = torch.diag(probabilities.mean(0)) - probabilities.T @ probabilities / 9
+    delta = 1e37 * (probabilities[:7] - torch.eye(OUT)[torch.arange(7) % OUT])
+    for x in (INPUTS["few samples"](), INPUTS["nearly equal samples"]()):
+        for told in (True, False):
+            p = weight(x, 1e37 * H, told)
+            p.grad = delta.T @ x
+            if told:
+                p.hessian = RowsBlock(p.hessian.outer, x, 1 / 7, delta)
+            matrix, b = system(p, alpha=0.1)
+            info = step(p, alpha=0.1, cg_atol=0.0)
+            residual = float((b - matrix @ p.detach().flatten()).norm())
+            assert info.converged
+            # To the tolerance of 1e-5, and round-off.
+            assert residual <= 2e-5 * float(b.norm())
+            assert info.residual_norm == pytest.approx(residual, rel=0.1)
 
 
 def test_a_singular_system_is_not_solved_directly() -> None:

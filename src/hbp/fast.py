@@ -74,8 +74,10 @@ class RowsBlock(KroneckerBlock):
         lengths = (values / self.weight).sqrt()
         lengths = torch.where(null, NEGLIGIBLE * lengths[-1], lengths)[:, None]
         Y = (U.T @ self._delta) * factor * lengths
-        # The rows span less than the whole space: one coordinate, 0, for the rest.
+        # The rows span less than the whole space: one coordinate for the rest, which
+        # is next to nothing.
         rhs = torch.cat([Y, Y.new_zeros(len(Y), 1)], dim=1)
+        rhs[0, -1] = NEGLIGIBLE * torch.linalg.vector_norm(Y)
 
         def add_to(target: Tensor, y: Tensor, scale: float) -> None:
             coefficients = U @ (y[:, :-1] / lengths)

@@ -85,17 +85,21 @@ def cg_rows(
     active = ~(state.rr <= state.target)  # A row of NaN runs, and says so.
     for iteration in range(maxiter + 1):
         if iteration % check_every == 0 or iteration == maxiter:
-            # The host waits here.
-            running = (active & (iteration < maxiter)).flatten().tolist()
+            running = [False] * len(live)
+            if iteration < maxiter:
+                running = active.flatten().tolist()  # The host waits here.
             if not all(running):
-                keep = torch.tensor(running, device=b.device)
-                places = torch.tensor(live, device=b.device)[~keep]
-                done = _State(*[part[~keep] for part in state])
+                # Indices, not masks: of a mask a GPU would have to count the entries.
+                order = sorted(range(len(live)), key=running.__getitem__)
+                counts = [running.count(False), running.count(True)]
+                ends, stays = torch.tensor(order, device=b.device).split(counts)
+                places = torch.tensor(live, device=b.device)[ends]
+                done = _State(*[part[ends] for part in state])
                 found.x[places] = done.x * done.unit
                 found.facts[places] = _facts(done, b[places])
                 if not any(running):
                     break
-                state, active = _State(*[part[keep] for part in state]), active[keep]
+                state, active = _State(*[part[stays] for part in state]), active[stays]
                 live = [i for i, runs in zip(live, running, strict=True) if runs]
                 product = product_of(live)
         active = _iterate(state, product, active, radius is not None)

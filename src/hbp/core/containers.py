@@ -129,7 +129,8 @@ class HBPResidual(HBPModule):
         return [self.branch] + ([] if self.shortcut is None else [self.shortcut])
 
     def input_hessian(self, H: Operator, reading: Reading) -> Operator:
-        if not reading.samples and _averages_products(self):
+        layers = [m for m in self.modules() if isinstance(m, HBPModule)]
+        if not (reading.samples or all(m.average_input_jacobian for m in layers)):
             return self._averaged_product(H, reading)
         # The paths are linear maps; for H = 0 they send back second-order terms.
         sent = self._sent_back(ZeroOperator(H.shape[0], H), reading)
@@ -204,8 +205,3 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 
 def _is_trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
-
-
-def _averages_products(module: nn.Module) -> bool:
-    layers = (m for m in module.modules() if isinstance(m, HBPModule))
-    return not all(layer.average_input_jacobian for layer in layers)

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from numbers import Real
-from typing import Final, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-_KINDS = filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu"))
-AUTOCAST_KINDS: Final = tuple(_KINDS)
+KINDS = [k for k in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(k)]
 
 
 @contextmanager
@@ -24,7 +23,7 @@ def full_precision() -> Iterator[None]:
     work autocast is off: conjugate gradients need more digits than these types have.
     """
     with ExitStack() as stack:
-        for kind in AUTOCAST_KINDS:
+        for kind in KINDS:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield

@@ -133,8 +133,7 @@ def _check_loss(loss: Tensor, outputs: Tensor) -> None:
     require_floats("loss", loss)
     check_outputs(outputs)
     if not bool(loss.isfinite()):
-        number = float(loss.detach())
-        raise ArithmeticError(f"loss is {number}. Check inputs and learning rate.")
+        raise ArithmeticError(f"loss is {loss.item()}. Check inputs and learning rate.")
     if not loss.requires_grad or not outputs.requires_grad:
         raise ValueError(
             "loss and outputs need a graph: compute outputs = model(inputs) and loss = "

@@ -63,7 +63,7 @@ class Reading:
         statistics: What has to be finite: a tensor, its name, and whose it is.
     """
 
-    modify: Modify | None
+    modify: Any
     nonnegative: bool
     samples: int | None
     batch: Batch
@@ -92,7 +92,6 @@ class Reading:
 
     def term(self, second_order: Tensor, layer: HBPModule) -> Operator:
         """mod(diag(Σ_k ∇²z_k δ_k)), from [N, ...]; averaged: summed, then modified."""
-        assert self.modify is not None
         total = self.totalled(second_order, layer)
         return DiagonalOperator(self.modify(total).flatten(), self.nonnegative)
 

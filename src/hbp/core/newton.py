@@ -222,8 +222,7 @@ class _Step(NamedTuple):
         limits = torch.finfo(parameter.dtype)
         if max(self.lr, 1.0) * self.info.step_norm <= limits.max * limits.eps / 4:
             return
-        fits = self.lr <= limits.max
-        if not (fits and bool((parameter + self.change()).isfinite().all())):
+        if self.lr > limits.max or not (parameter + self.change()).isfinite().all():
             raise ArithmeticError(
                 f"No step was taken; {name} would be too large for {limits.dtype} "
                 f"after a step of norm {self.info.step_norm:.3g} at lr={self.lr!r}. "
@@ -315,9 +314,8 @@ def _info(
     if alpha < 1:  # ** raises where it overflows
         undamped = (descent - overlap - alpha * norm * norm) / (1 - alpha)
     decreases = (lr - half) * descent + half * overlap, lr * descent - half * undamped
-    done, is_bent, on_boundary = bool(min(converged)), bool(max(bent)), bool(max(left))
-    count = int(max(iterations))
-    return StepInfo(count, residual, done, is_bent, norm, *decreases, on_boundary)
+    flags, at_edge = (bool(min(converged)), bool(max(bent))), bool(max(left))
+    return StepInfo(int(max(iterations)), residual, *flags, norm, *decreases, at_edge)
 
 
 def _blame(equation: _Equation, margin: float, alpha: float) -> str:

@@ -175,10 +175,11 @@ class SymmetricOperator(ABC):
             size = self.shape.numel() * self.dtype.itemsize / 2**30
             raise MemoryError(
                 f"A dense {list(self.shape)} matrix of {self.dtype} needs {size:.1f} "
-                "GiB, more than the limit. Use products (operator @ vector), "
-                "diagonal() or trace(), or raise it by hbp.set_dense_limit()."
+                f"GiB, more than {settings.dense_limit / 2**30:.2g} GiB. Use products, "
+                "diagonal() or trace(), or raise the limit by hbp.set_dense_limit()."
             )
-        self.require_fresh()
+        if "_matrix" not in vars(self):  # What was formed is independent of the model.
+            self.require_fresh()
         return self._dense()
 
     @full_precision()
@@ -270,10 +271,10 @@ class SymmetricOperator(ABC):
             widest: Entries of the largest image of a row, if that is longer than n.
         """
         n = self.shape[0]
-        like = torch.empty((), dtype=self.dtype, device=self.device)
         step = rows_at_once(max(n, widest))
         for start in range(0, n, step):
-            rows = like.new_zeros(min(step, n - start), n)
+            shape = min(step, n - start), n
+            rows = torch.zeros(shape, dtype=self.dtype, device=self.device)
             rows[:, start : start + len(rows)].fill_diagonal_(1)
             yield rows
 
@@ -374,9 +375,6 @@ class SampleBlocks(SymmetricOperator):
         samples = rows.reshape(len(rows), *self.matrices.shape[:2]).transpose(0, 1)
         return (samples @ self.matrices).transpose(0, 1).reshape(rows.shape)
 
-    def _diagonal(self) -> Tensor:
-        return self.matrices.diagonal(dim1=1, dim2=2).flatten()
-
 
 class Repeated(SymmetricOperator):
     """H/N for each of N samples: Jᵀ(·)J of them, over all J_n, is E[JᵀHJ]."""
@@ -461,7 +459,8 @@ class Congruence(SymmetricOperator):
         jacobian: Jacobian,
         term: SymmetricOperator | None = None,
     ) -> None:
-        super().__init__(jacobian.in_size, outer, [*jacobian.reads, *outer.reads])
+        reads = [*jacobian.reads, *outer.reads, *(term.reads if term else ())]
+        super().__init__(jacobian.in_size, outer, reads)
         self.outer, self.jacobian, self.term = outer, jacobian, term
 
     def product(self, rows: Tensor) -> Tensor:
@@ -565,7 +564,7 @@ class KroneckerBlock(SymmetricOperator):
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """λ, [k], ascending, and Q, [in, k], with orthonormal columns; k = min(m, in).
+        """λ, [k], ascending, and Q, [in, k], orthonormal where λ > 0; k = min(m, in).
 
         QR keeps Q orthonormal for repeated and for zero rows; the eigenvectors of the
         Gram matrix FFᵀ, mapped to inputs, would not be.
@@ -576,10 +575,14 @@ class KroneckerBlock(SymmetricOperator):
             direction = torch.where(length > 0, rows / length, 0)
             return length.square().reshape(1) * self.weight, direction.T
         if len(rows) >= self.sizes[1]:
-            return eigh_of_gram(rows.T @ rows * self.weight)
-        basis, factor = torch.linalg.qr(rows.T)
-        values, vectors = eigh_of_gram(factor @ factor.T * self.weight)
-        return values, basis @ vectors
+            values, Q = eigh_of_gram(rows.T @ rows * self.weight)
+        else:
+            basis, factor = torch.linalg.qr(rows.T)
+            values, Q = eigh_of_gram(factor @ factor.T * self.weight)
+            Q = basis @ Q
+        # What is no more than round-off belongs to the null space.
+        is_null = values <= torch.finfo(values.dtype).eps * values[-1]
+        return values.masked_fill(is_null, 0), Q.masked_fill(is_null, 0)
 
     def solve_damped(
         self, rows: Tensor, weight: float | Tensor, shift: float
@@ -598,7 +601,9 @@ class KroneckerBlock(SymmetricOperator):
         self.require_fresh()
         B, (values, Q) = b.view(self.sizes), self.spectrum
         Y = B @ Q
-        length = _remainder_norm(B, Y, Q)
+        length = torch.where(
+            (values > 0).sum() < B.shape[1], _remainder_norm(B, Y, Q), 0
+        )
         rhs = torch.cat([Y.T, Y.new_zeros(len(values), 1)], dim=1)
         rhs[0, -1] = length
 
@@ -723,8 +728,6 @@ def _remainder_norm(B: Tensor, Y: Tensor, Q: Tensor) -> Tensor:
     weight's size is made. Pythagoras would be cheaper, but cannot tell a B⊥ below
     1e-3 ‖B‖ from round-off in float32.
     """
-    if Q.shape[1] == B.shape[1]:
-        return B.new_zeros(())
     norm, rows = torch.linalg.vector_norm, max(1, REMAINDER_ENTRIES // B.shape[1])
     lengths = []
     for b, y in zip(B.split(rows), Y.split(rows), strict=True):

@@ -174,7 +174,6 @@ class GeneralRule(HBPModule):
         features = x[0].numel()
         terms = vmap(jacrev(jacrev(projected)))(x, delta.flatten(1))
         total = reading.totalled(terms.reshape(-1, features, features), self)
-        assert reading.modify is not None
         # The pass will say what is not finite; eigh would raise an error of its own.
         symmetric = ((total + total.mT) / 2).nan_to_num(0.0, 0.0, 0.0)
         values, vectors = torch.linalg.eigh(symmetric)
