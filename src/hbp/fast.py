@@ -70,7 +70,7 @@ class RowsBlock(KroneckerBlock):
         values, U = eigh_of_gram(self.rows @ self.rows.T * self.weight)
         # Where λ_j is no more than round-off, so is row j of UᵀF; its direction means
         # nothing. It belongs to the null space, and is scaled like the others.
-        null = values <= torch.finfo(values.dtype).eps * values[-1]
+        null = values <= len(values) * torch.finfo(values.dtype).eps * values[-1]
         lengths = (values / self.weight).sqrt()
         lengths = torch.where(null, NEGLIGIBLE * lengths[-1], lengths)[:, None]
         Y = (U.T @ self._delta) * factor * lengths

@@ -59,7 +59,7 @@ class _State(NamedTuple):
 def cg_rows(
     product_of: Callable[[Sequence[int]], Product],
     b: Tensor,
-    tol: float,
+    tol: Tensor | float,
     atol: Tensor | float,
     maxiter: int,
     radius: Tensor | None = None,
@@ -73,7 +73,7 @@ def cg_rows(
     Args:
         product_of: For indices of rows, the function that multiplies these rows.
         b: [systems, width].
-        tol: Relative tolerance.
+        tol: Relative tolerance, for all rows or [systems, 1].
         atol: Absolute tolerance, for all rows or [systems, 1].
         maxiter: At most this many products.
         radius: ‖x_i‖ ≤ radius_i, [systems, 1]; ``None`` for no bound.
@@ -107,7 +107,7 @@ def cg_rows(
 
 
 def _start(
-    b: Tensor, tol: float, atol: Tensor | float, radius: Tensor | None
+    b: Tensor, tol: Tensor | float, atol: Tensor | float, radius: Tensor | None
 ) -> _State:
     # In units of a power of 2 near max|b|: exact, and no square over- or underflows.
     largest = torch.linalg.vector_norm(b, math.inf, dim=1, keepdim=True)

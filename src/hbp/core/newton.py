@@ -22,7 +22,7 @@ from .operators import (
     singular,
     solve_system,
 )
-from .settings import CHECK_EVERY, TOGETHER
+from .settings import CHECK_EVERY, NEGLIGIBLE, TOGETHER
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CGNewton(torch.optim.Optimizer):
         cg_atol: Absolute tolerance on the residual, not negative.
         cg_tol: Tolerance on the residual relative to ‖g‖, positive.
         cg_maxiter: At most this many products, in each part; ``None`` for ten times
-            the number of unknowns.
+            the number of unknowns of the largest system that is solved with it.
         solver: ``"cg"`` or ``"direct"``.
         trust_radius: Bound on ‖d‖ for each parameter, before the learning rate; CG
             stops on the boundary (Steihaug 1983), so that negative curvature gives a
@@ -348,12 +348,11 @@ def _by_cg(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
     systems = [equation.system for equation in equations]
     sizes = [len(system.rhs) for system in systems]
     b, trust = _padded([system.rhs for system in systems]), options["trust_radius"]
-    # A row takes that share of what is allowed to the whole of its system.
-    shares = torch.cat([_shares(part) for part in b.split(sizes)])
+    factors, shares = torch.cat([_shares(p) for p in b.split(sizes)]).split(1, dim=1)
     found = cg_rows(
         _damped(systems, options["alpha"]),
         b,
-        options["cg_tol"],
+        options["cg_tol"] * factors,
         shares * options["cg_atol"],
         options["cg_maxiter"] or 10 * b.shape[1],
         None if trust is None else shares * trust,
@@ -379,13 +378,20 @@ def _padded(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _shares(b: Tensor) -> Tensor:
-    """The norm of each row, relative to that of all, [k, 1]; of zeros, zeros."""
+    """What each row may take of two tolerances, a relative and an absolute one, [k, 2].
+
+    Of an absolute one a row takes its share, ‖b_j‖/‖b‖. The relative one is by 15/16
+    relative to the row, by 1/16 shared out evenly, so that a row of mere round-off is
+    done at once; the squares add up to those of the whole.
+    """
     if len(b) == 1:
-        return b.new_ones(1, 1)
+        return b.new_ones(1, 2)
     # In units of the largest entry, so that no square under- or overflows.
     largest = torch.linalg.vector_norm(b, math.inf)
     norms = torch.linalg.vector_norm(b / largest, dim=1, keepdim=True)
-    return (norms / torch.linalg.vector_norm(norms)).nan_to_num(0.0)
+    shares = (norms / torch.linalg.vector_norm(norms)).nan_to_num(0.0)
+    even = 16 * len(b) * shares.clamp(min=NEGLIGIBLE).square()
+    return torch.cat([(15 / 16 + 1 / even).sqrt(), shares], dim=1)
 
 
 def _damped(
@@ -440,9 +446,7 @@ def _check_loss(loss: object) -> None:
             f"The closure returned {type(loss).__name__}; it must return the loss."
         )
     if not math.isfinite(float(loss)):
-        raise ArithmeticError(
-            f"No step was taken; the closure returned a loss of {float(loss)}."
-        )
+        raise ArithmeticError(f"No step; the closure returned a loss of {float(loss)}.")
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -581,7 +581,7 @@ class KroneckerBlock(SymmetricOperator):
             values, Q = eigh_of_gram(factor @ factor.T * self.weight)
             Q = basis @ Q
         # What is no more than round-off belongs to the null space.
-        is_null = values <= torch.finfo(values.dtype).eps * values[-1]
+        is_null = values <= len(values) * torch.finfo(values.dtype).eps * values[-1]
         return values.masked_fill(is_null, 0), Q.masked_fill(is_null, 0)
 
     def solve_damped(
