@@ -247,13 +247,14 @@ class Function(SharedJacobian):
         reads: Sequence[Watched] = (),
     ) -> None:
         super().__init__(in_shape, out_shape, samples, reads=reads)
-        self._function, self._transpose = function, transpose or self._by_autograd
+        self._function, self._transpose = function, transpose
 
     def jvp(self, rows: Tensor) -> Tensor:
         return self._function(rows.reshape(-1, *self.in_shape)).reshape(len(rows), -1)
 
     def vjp(self, rows: Tensor) -> Tensor:
-        return self._transpose(rows.reshape(-1, *self.out_shape)).reshape(len(rows), -1)
+        pull = self._transpose or self._by_autograd  # Kept, it would keep itself alive.
+        return pull(rows.reshape(-1, *self.out_shape)).reshape(len(rows), -1)
 
     @torch.enable_grad()
     def _by_autograd(self, u: Tensor) -> Tensor:

@@ -387,8 +387,7 @@ def _shares(b: Tensor) -> Tensor:
     if len(b) == 1:
         return b.new_ones(1, 2)
     # In units of the largest entry, so that no square under- or overflows.
-    largest = torch.linalg.vector_norm(b, math.inf)
-    norms = torch.linalg.vector_norm(b / largest, dim=1, keepdim=True)
+    norms = torch.linalg.vector_norm(b / b.abs().max(), dim=1, keepdim=True)
     shares = (norms / torch.linalg.vector_norm(norms)).nan_to_num(0.0)
     even = 16 * len(b) * shares.clamp(min=NEGLIGIBLE).square()
     return torch.cat([(15 / 16 + 1 / even).sqrt(), shares], dim=1)
