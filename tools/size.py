@@ -31,9 +31,9 @@ def code_lines(path: Path) -> int:
     lines = {line for first, last in spans for line in range(first, last + 1)}
     for node in ast.walk(ast.parse(text)):
         # A string that stands alone is a docstring, or the description of a constant.
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                lines -= set(range(node.lineno, (node.end_lineno or 0) + 1))
+        alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if alone and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, (node.end_lineno or 0) + 1))
     return len(lines)
 
 
