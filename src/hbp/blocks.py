@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -102,15 +103,14 @@ class BlockDiagonal(SymmetricOperator):
     @property
     def blocks(self) -> list[SymmetricOperator]:
         """An operator for each block, in order."""
-        ends = torch.tensor(self.sizes).cumsum(0).tolist()
-        spans = zip(self.sizes, ends, strict=True)
-        return [_Block(self.outer, end - size, size) for size, end in spans]
+        starts = list(accumulate(self.sizes[:-1], initial=0))
+        spans = zip(starts, self.sizes, strict=True)
+        return [_Block(self.outer, start, size) for start, size in spans]
 
     def _parts(self) -> list[Tensor]:
         """The blocks themselves."""
-        whole, ends = self.outer.to_dense(), torch.tensor(self.sizes).cumsum(0).tolist()
-        spans = zip(self.sizes, ends, strict=True)
-        return [whole[end - size : end, end - size : end] for size, end in spans]
+        rows = self.outer.to_dense().split(self.sizes)
+        return [part.split(self.sizes, dim=1)[i] for i, part in enumerate(rows)]
 
     def _dense(self) -> Tensor:
         return torch.block_diag(*self._parts())

@@ -15,12 +15,12 @@ from hbp.core.losses import Places, check_outputs, require_finite
 
 
 @wraps(core.batch_summed_hessian)
-def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103
+def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
     return core.batch_summed_hessian(loss, outputs, _casts(loss, outputs))
 
 
 @wraps(core.per_sample_hessian)
-def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103
+def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
     return core.per_sample_hessian(loss, outputs, _casts(loss, outputs))
 
 
