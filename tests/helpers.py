@@ -172,7 +172,7 @@ def solve_rows(
     b = torch.stack([nn.functional.pad(r.b, (0, width - len(r.b))) for r in rows])
     alphas = b.new_tensor([[row.alpha] for row in rows])
 
-    def product_of(live: Sequence[int]) -> Product:
+    def product_of(live: Sequence[int], _: Tensor) -> Product:
         own = [(rows[i].operator, 1 - rows[i].alpha) for i in live]
 
         def product(p: Tensor) -> Tensor:

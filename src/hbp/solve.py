@@ -97,7 +97,7 @@ def cg(
         r, tol, budget = b - A @ x0, 0.0, budget - 1
     radius = None if trust_radius is None else b.new_full((1, 1), trust_radius)
     found = cg_rows(
-        lambda _: lambda p: (A @ p[0])[None], r[None], tol, atol, budget, radius
+        lambda *_: lambda p: (A @ p[0])[None], r[None], tol, atol, budget, radius
     )
     x = found.x[0] if x0 is None or r is b else found.x[0] + x0
     iterations, residual, *flags = found.facts[0, :5].tolist()

@@ -57,7 +57,7 @@ class _State(NamedTuple):
 
 @torch.no_grad()
 def cg_rows(
-    product_of: Callable[[Sequence[int]], Product],
+    product_of: Callable[[Sequence[int], Tensor], Product],
     b: Tensor,
     tol: Tensor | float,
     atol: Tensor | float,
@@ -71,7 +71,8 @@ def cg_rows(
     Hestenes & Stiefel 1952.
 
     Args:
-        product_of: For indices of rows, the function that multiplies these rows.
+        product_of: For indices of rows, as the host and as the device knows them, the
+            function that multiplies these rows.
         b: [systems, width].
         tol: Relative tolerance, for all rows or [systems, 1].
         atol: Absolute tolerance, for all rows or [systems, 1].
@@ -81,7 +82,8 @@ def cg_rows(
     """
     state, live = _start(b, tol, atol, radius), list(range(len(b)))
     found = Solution(torch.empty_like(b), b.new_empty(len(b), 8, dtype=torch.float64))
-    product = product_of(live)
+    places = torch.arange(len(b), device=b.device)
+    product = product_of(live, places)
     active = ~(state.rr <= state.target)  # A row of NaN runs, and says so.
     for iteration in range(maxiter + 1):
         if iteration % check_every == 0 or iteration == maxiter:
@@ -89,19 +91,18 @@ def cg_rows(
             if iteration < maxiter:
                 running = active.flatten().tolist()  # The host waits here.
             if not all(running):
-                # Indices, not masks: of a mask a GPU would have to count the entries.
-                order = sorted(range(len(live)), key=running.__getitem__)
-                counts = [running.count(False), running.count(True)]
-                ends, stays = torch.tensor(order, device=b.device).split(counts)
-                places = torch.tensor(live, device=b.device)[ends]
-                done = _State(*[part[ends] for part in state])
-                found.x[places] = done.x * done.unit
-                found.facts[places] = _facts(done, b[places])
+                # Sorted on the device, which need not wait for an index of the host.
+                order = active.flatten().byte().argsort(stable=True)
+                ends, stays = order.split([running.count(False), running.count(True)])
+                done, at = _State(*[part[ends] for part in state]), places[ends]
+                found.x[at] = done.x * done.unit
+                found.facts[at] = _facts(done, b[at])
                 if not any(running):
                     break
                 state, active = _State(*[part[stays] for part in state]), active[stays]
                 live = [i for i, runs in zip(live, running, strict=True) if runs]
-                product = product_of(live)
+                places = places[stays]
+                product = product_of(live, places)
         active = _iterate(state, product, active, radius is not None)
     return found
 

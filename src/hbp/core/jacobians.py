@@ -312,8 +312,8 @@ class Selection(Jacobian):
 
     def mean(self, batch: Batch) -> Jacobian:
         """E[J]: how often each place was picked; of single picks."""
-        counts = (self.data == self._places).sum(0).to(self._weight)
-        share = batch.mean_of_sum(counts, self.samples)
+        counts = (self.data == self._places).sum(0, dtype=torch.int32)  # A fast sum.
+        share = batch.mean_of_sum(counts.to(self._weight), self.samples)
         index, shapes = self._places.clamp(min=0)[None], (self.in_shape, self.out_shape)
         return Selection(index, share, self._places, *shapes)
 

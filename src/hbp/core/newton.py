@@ -395,25 +395,23 @@ def _shares(b: Tensor) -> Tensor:
 
 def _damped(
     systems: Sequence[System], alpha: float
-) -> Callable[[Sequence[int]], Product]:
+) -> Callable[[Sequence[int], Tensor], Product]:
     """p ↦ [(1-α) λ H + αI] p, row by row. Rows with the same H share its product."""
     operators = [system.operator for system in systems for _ in system.scales]
     scales = torch.cat([s.scales for s in systems])[:, None] * (1 - alpha)
 
-    def product_of(live: Sequence[int]) -> Product:
-        runs, start = [], 0
+    def product_of(live: Sequence[int], places: Tensor) -> Product:
         # A weight and its bias stand side by side: one product serves both.
-        for _, same in groupby(live, key=lambda i: id(operators[i])):
-            rows = list(same)
-            span = slice(start, start + len(rows))
-            runs.append((operators[rows[0]], span, scales[rows]))
-            start += len(rows)
+        runs = [list(same) for _, same in groupby(live, lambda i: id(operators[i]))]
+        counts, shared = [len(run) for run in runs], [operators[run[0]] for run in runs]
+        factors = scales[places].split(counts)
 
         def product(p: Tensor) -> Tensor:
-            Ap, pairs = p * alpha, [(H, p[span, : H.shape[0]]) for H, span, _ in runs]
-            products = runs[0][0].products(pairs)
-            for (H, span, scale), Hp in zip(runs, products, strict=True):
-                Ap[span, : H.shape[0]].addcmul_(Hp, scale)
+            Ap, rows = p * alpha, zip(shared, p.split(counts), strict=True)
+            pairs = [(H, part[:, : H.shape[0]]) for H, part in rows]
+            products = zip(Ap.split(counts), shared[0].products(pairs), strict=True)
+            for (part, Hp), factor in zip(products, factors, strict=True):
+                part[:, : Hp.shape[1]].addcmul_(Hp, factor)
             return Ap
 
         return product
