@@ -50,6 +50,10 @@ TREATMENTS: Final[dict[str | None, Modify | None]] = {
 }
 
 
+TRANSIENT: Final = ("hessian", "hessian_of", "line", "__getstate__")
+"""Attributes of a parameter that belong to one batch, or to this very object."""
+
+
 @dataclass
 class Reading:
     """One Hessian pass: how it reads the batch, and the blocks it collects.
@@ -137,6 +141,7 @@ class Record:
         output_gradient: δ = ∂loss/∂z, [N, ...], once ``loss.backward()`` has run. It
             carries the 1/N of a mean loss.
         keeps: Whether there is something kept.
+        awaits_gradient: Whether ``loss.backward()`` has still to come.
     """
 
     def __init__(
@@ -153,8 +158,8 @@ class Record:
         self._accumulated = False
         # The layer's next forward pass is told if the gradient of this one comes late.
         self.successor: weakref.ref[Record] | None = None
-        self._expects_gradient = delta and z.requires_grad
-        if self._expects_gradient:
+        self.awaits_gradient = delta and z.requires_grad
+        if self.awaits_gradient:
             z.register_hook(self._save_output_gradient)
 
     def _save_output_gradient(self, gradient: Tensor) -> None:
@@ -165,12 +170,13 @@ class Record:
         if torch.is_grad_enabled():
             return
         self.output_gradient = gradient.detach().to(self.kind[0])
+        self.awaits_gradient = False
         # The hook runs before this backward pass adds to p.grad: what is there already
         # comes from another one. (In torch.func.functional_call p may be no leaf.)
         gradients = [p.grad for p, _ in self._state if p.is_leaf and p.grad is not None]
         self._accumulated |= any(bool(g.any()) for g in gradients)
-        if self.successor and (successor := self.successor()):
-            successor._accumulated = True
+        if self.successor and (after := self.successor()):
+            after._accumulated |= after.output_gradient is not None
 
     @property
     def kept(self) -> Tensor:
@@ -212,7 +218,7 @@ class Record:
             )
         if after[0] == 0:
             raise ValueError(f"The batch that went through {layer} is empty.")
-        if self._expects_gradient and self.output_gradient is None:
+        if self.awaits_gradient:
             raise RuntimeError(
                 f"backward_hessian() of {layer} before loss.backward(). Call "
                 "loss.backward() first (without create_graph)."
@@ -376,8 +382,9 @@ class HBPModule(nn.Module):
 
         with torch.no_grad(), full_precision():
             input_hessian, reading = as_batch(process_group).read(passage)
+        # The optimizer tells the model when its step has used the curvature up.
         for parameter, block in reading.blocks.items():
-            vars(parameter)["hessian"] = block
+            vars(parameter).update(hessian=block, hessian_of=weakref.ref(self))
         return input_hessian
 
     def pull_back(
@@ -521,14 +528,13 @@ class HBPModule(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients and, with them, ``p.hessian``."""
         super().zero_grad(set_to_none)
-        for parameter in self.parameters():
-            vars(parameter)["hessian"] = None
+        drop_curvature(self.parameters())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; its ``hessian`` is None, as its ``grad`` is."""
         super().register_parameter(name, param)
         if param is not None:
-            vars(param).setdefault("hessian", None)
+            _prepare(param)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the record, which belongs to one forward pass."""
@@ -538,7 +544,7 @@ class HBPModule(nn.Module):
         """Copies of parameters come without attributes."""
         nn.Module.__setstate__(self, state)
         for parameter in self.parameters(recurse=False):
-            vars(parameter).setdefault("hessian", None)
+            _prepare(parameter)
 
     def extra_repr(self) -> str:
         """The options of the layer, and how it reads a batch."""
@@ -549,6 +555,29 @@ class HBPModule(nn.Module):
         if self.structure is not None:
             parts.append(str(self.structure))
         return ", ".join(filter(None, parts))
+
+
+def drop_curvature(parameters: Iterable[Tensor]) -> None:
+    """Clear ``p.hessian``, and what its pass has kept of the batch."""
+    owners = set()
+    for parameter in parameters:
+        owners.add(vars(parameter).pop("hessian_of", None))
+        vars(parameter).update(hessian=None, line=None)
+    for model in filter(None, (owner() for owner in owners if owner)):
+        layers = [m for m in model.modules() if "last_record" in vars(m)]
+        # A forward pass of which the backward pass has still to come is another one.
+        if not any(layer.last_record.awaits_gradient for layer in layers):
+            for layer in layers:
+                del layer.last_record
+
+
+def _prepare(parameter: nn.Parameter) -> None:
+    """Give it a ``hessian``; pickles leave it out, for it holds a batch."""
+    own = weakref.ref(parameter)
+    vars(parameter).setdefault("hessian", None)
+    vars(parameter)["__getstate__"] = lambda: {
+        name: value for name, value in vars(own()).items() if name not in TRANSIENT
+    }
 
 
 def _treatment(name: str | None, loss_scale: float) -> Modify | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple, overload
 
@@ -14,6 +15,7 @@ from torch.nn import Parameter
 
 from .cg import Product, cg_rows, check_cg_options, check_trust_radius
 from .guards import full_precision, is_number
+from .module import drop_curvature
 from .operators import (
     MatrixFree,
     SymmetricOperator,
@@ -136,9 +138,7 @@ class CGNewton(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients and, with them, ``p.hessian``."""
         super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.hessian = None
+        drop_curvature(p for group in self.param_groups for p in group["params"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -178,16 +178,22 @@ class CGNewton(torch.optim.Optimizer):
                     "step() found no gradient. Call loss.backward() and then "
                     "model.backward_hessian(output_hessian) before step()."
                 )
-            for step in steps:
-                step.require_room()
-            for step in steps:
-                _, parameter, system = step.equation
-                if parameter.is_contiguous():
-                    system.add_to(parameter.view(-1), step.y, -step.lr)
-                else:
-                    parameter.add_(step.change())
-        self.last_step = {step.equation.parameter: step.info for step in steps}
+            self._take(steps)
         return loss
+
+    def _take(self, steps: Sequence[_Step]) -> None:
+        """Update the parameters, once it is known that nothing is in the way."""
+        infos: dict[Tensor, StepInfo]
+        infos = {step.equation.parameter: step.checked() for step in steps}
+        for step in steps:
+            _, parameter, system = step.equation
+            if parameter.is_contiguous():
+                system.add_to(parameter.view(-1), step.y, -step.lr)
+            else:
+                parameter.add_(step.change())
+        self.last_step = infos
+        # A second step needs another pass, and nothing of the batch stays alive.
+        drop_curvature(p for p in infos if "hessian_of" in vars(p))
 
 
 class _Equation(NamedTuple):
@@ -204,7 +210,7 @@ class _Step(NamedTuple):
     equation: _Equation
     y: Tensor
     lr: float
-    info: StepInfo
+    info: Callable[[float], StepInfo]
 
     def change(self) -> Tensor:
         """-lr·d, of the shape of θ."""
@@ -212,22 +218,26 @@ class _Step(NamedTuple):
         self.equation.system.add_to(change, self.y, -self.lr)
         return change.view(self.equation.parameter.shape)
 
-    def require_room(self) -> None:
-        """Raise ArithmeticError if the parameter would leave the range of its dtype.
+    def checked(self) -> StepInfo:
+        """What the step does, or ArithmeticError.
+
+        It is raised if d is no solution, or if the parameter would leave the range of
+        its dtype.
 
         What is below half a unit in the last place of the largest number makes no
         finite number infinite. Only a longer step is tried.
         """
-        name, parameter, _ = self.equation
+        (name, parameter, _), info = self.equation, self.info(self.lr)
         limits = torch.finfo(parameter.dtype)
-        if max(self.lr, 1.0) * self.info.step_norm <= limits.max * limits.eps / 4:
-            return
+        if max(self.lr, 1.0) * info.step_norm <= limits.max * limits.eps / 4:
+            return info
         if self.lr > limits.max or not (parameter + self.change()).isfinite().all():
             raise ArithmeticError(
                 f"No step was taken; {name} would be too large for {limits.dtype} "
-                f"after a step of norm {self.info.step_norm:.3g} at lr={self.lr!r}. "
+                f"after a step of norm {info.step_norm:.3g} at lr={self.lr!r}. "
                 "Use a smaller lr or a larger alpha, or check the scale of the loss."
             )
+        return info
 
 
 def _steps(index: int, group: dict[str, Any]) -> list[_Step]:
@@ -238,16 +248,19 @@ def _steps(index: int, group: dict[str, Any]) -> list[_Step]:
     """
     _check_options(group)
     by_cg = group["solver"] == "cg"
-    together: dict[object, list[_Equation]] = {}
+    together: dict[tuple[object, ...], list[_Equation]] = {}
     for equation in _equations(index, group):
-        p = equation.parameter
-        alone = id(p) if by_cg and _is_large(equation.system) else None
-        together.setdefault((p.dtype, p.device, alone), []).append(equation)
+        _, p, system = equation
+        # Its product costs more than what it could share.
+        large = isinstance(system.operator, MatrixFree) or system.rhs.numel() > TOGETHER
+        kind = p.dtype, p.device, id(p) if by_cg and large else None
+        together.setdefault(kind, []).append(equation)
     steps = []
-    for equations in together.values():
-        solved = _by_cg(equations, group) if by_cg else _directly(equations, group)
+    for (_, _, alone), equations in together.items():
+        options = {**group, "check_every": CHECK_EVERY if alone is None else 1}
+        solved = (_by_cg if by_cg else _directly)(equations, options)
         for equation, (y, margin, facts) in zip(equations, solved, strict=True):
-            info = _info(equation, group, margin, facts)
+            info = partial(_info, equation, group["alpha"], margin, facts)
             steps.append(_Step(equation, y, group["lr"], info))
     return steps
 
@@ -291,7 +304,7 @@ def _curvature(p: Parameter, name: str) -> SymmetricOperator:
 
 
 def _info(
-    equation: _Equation, options: dict[str, Any], margin: float, facts: _Facts
+    equation: _Equation, alpha: float, margin: float, facts: _Facts, lr: float
 ) -> StepInfo:
     """What happened, once the facts say that d is a solution.
 
@@ -303,7 +316,6 @@ def _info(
     Raises:
         ArithmeticError: d is no solution.
     """
-    lr, alpha = options["lr"], options["alpha"]
     columns = tuple(zip(*facts, strict=True))
     iterations, residuals, converged, bent, left, overlaps, norms, descents = columns
     residual, norm = math.hypot(*residuals), math.hypot(*norms)
@@ -339,11 +351,6 @@ _Facts = Sequence[Sequence[float]]
 _Solved = Sequence[tuple[Tensor, float, _Facts]]
 
 
-def _is_large(system: System) -> bool:
-    """Whether a product costs more than what systems could share."""
-    return isinstance(system.operator, MatrixFree) or system.rhs.numel() > TOGETHER
-
-
 def _by_cg(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
     systems = [equation.system for equation in equations]
     sizes = [len(system.rhs) for system in systems]
@@ -356,7 +363,7 @@ def _by_cg(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
         shares * options["cg_atol"],
         options["cg_maxiter"] or 10 * b.shape[1],
         None if trust is None else shares * trust,
-        1 if _is_large(systems[0]) else CHECK_EVERY,
+        options["check_every"],
     )
     facts, solved = iter(found.facts.tolist()), []
     for system, x in zip(systems, found.x.split(sizes), strict=True):
@@ -460,9 +467,10 @@ def _check_options(options: dict[str, Any]) -> None:
             f"solver={solver!r} is unknown. Choose 'cg' (inexact, conjugate gradients) "
             "or 'direct' (factorisation)."
         )
-    check_trust_radius(trust)
-    if trust is not None and solver == "direct":
-        raise ValueError(
-            f"trust_radius={trust!r} bounds the iterates of conjugate gradients. Use "
-            "solver='cg', or trust_radius=None."
-        )
+    if trust is not None:
+        check_trust_radius(trust)
+        if solver == "direct":
+            raise ValueError(
+                f"trust_radius={trust!r} bounds the iterates of conjugate gradients. "
+                "Use solver='cg', or trust_radius=None."
+            )
