@@ -8,7 +8,6 @@ from hbp import blocks, distributed, fast  # noqa: F401  # They join the core.
 from hbp import modules as modules
 from hbp import optim as optim
 from hbp.convert import convert as convert
-from hbp.core.newton import CGNewton as CGNewton
 from hbp.damping import LevenbergMarquardt as LevenbergMarquardt
 from hbp.inspection import compare_curvature as compare_curvature
 from hbp.inspection import condition_number as condition_number
@@ -16,6 +15,8 @@ from hbp.inspection import estimate_trace as estimate_trace
 from hbp.inspection import extremal_eigenvalues as extremal_eigenvalues
 from hbp.inspection import inspect_curvature as inspect_curvature
 from hbp.inspection import negative_mass as negative_mass
+from hbp.line import CGNewton as CGNewton
+from hbp.line import backward as backward
 from hbp.losses import batch_summed_hessian as batch_summed_hessian
 from hbp.losses import output_hessian as output_hessian
 from hbp.losses import per_sample_hessian as per_sample_hessian

@@ -1,25 +1,27 @@
 """How long a step is: the curvature of the loss along it.
 
 Each block of a Newton step is solved as if all other parameters stood still, and then
-all move at once; and outside x̄ an averaged block is flat. Both faults are in the
-*length* of the step, and one exact number mends them: the curvature of the loss along
-the step d of all parameters together,
+all of them move at once; and an averaged block H ⊗ x̄x̄ᵀ is flat in every input
+direction but x̄. Both faults are in the *length* of the step, and one exact number mends
+them: the curvature of the loss along the step d of all parameters together,
 
     dᵀGd = Σ_n u_nᵀ H_n u_n,        u = J d.
 
 u is what a forward pass of d through the layers' own rules leaves at the outputs
-(Pearlmutter 1994), and H_n u_n one second derivative of the loss in one direction. With
-it the step goes to the minimum of the Gauss-Newton model on its line (Martens & Grosse
-2015, section 6.4), and promises no more than the loss has above its lower bound.
+(Pearlmutter 1994), and H_n u_n is one second derivative of the loss, in one direction.
+So the step ends at the minimum of the Gauss-Newton model on its line (Martens & Grosse
+2015, section 6.4), and promises no more than the loss has above its lower bound; see
+eq-length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -27,100 +29,423 @@ from torch.nn import Parameter
 
 from hbp.core import newton
 from hbp.core.containers import HBPResidual, HBPSequential
-from hbp.core.guards import full_precision
+from hbp.core.guards import is_number
+from hbp.core.losses import _gradient as loss_gradient
 from hbp.core.module import HBPModule
+from hbp.distributed import average
+from hbp.losses import _casts as casts
 from hbp.losses import batch_summed_hessian, per_sample_hessian
+
+DAMPING: Final = 0.1
+"""α where none is given."""
 
 Moves = Mapping[Tensor, Tensor]
 """By how much each parameter moves."""
 
 
+def backward(
+    model: HBPModule,
+    outputs: Tensor,
+    loss: Tensor,
+    curvature: str | None = "abs",
+    exact: bool = False,
+    lower_bound: float | None = 0.0,
+    process_group: object = None,
+    loss_scale: float = 1.0,
+) -> None:
+    """Send the gradient and the curvature of a loss backward, in one call.
+
+        optimizer = hbp.CGNewton(model.parameters())
+        outputs = model(images)
+        loss = loss_func(outputs, labels)
+        optimizer.zero_grad()
+        hbp.backward(model, outputs, loss)
+        optimizer.step()
+
+    It does what these three do, in the right order,
+
+        output_hessian = batch_summed_hessian(loss, outputs)
+        loss.backward()
+        model.backward_hessian(output_hessian, modify_2nd_order_terms="abs")
+
+    and tells the optimizer what the loss is, and how it bends along any step.
+
+    Args:
+        model: That computed the outputs.
+        outputs: z, [N, ...].
+        loss: A scalar that is a sum or mean over samples. Further terms in the
+            parameters, such as a penalty, send their gradient, but no curvature, and
+            keep the graph until the next forward pass; for the square of the norm
+            there is ``weight_decay``.
+        curvature: The treatment of second-order terms: ``"abs"``, ``"clip"``, ``"ggn"``
+            or ``"hessian"``; see ``HBPModule.backward_hessian``.
+        exact: Whether blocks are [exact][eq-exact], without averages over the batch.
+        lower_bound: What the loss cannot fall below. 0 is right for every usual loss;
+            with soft targets or label smoothing a larger one is, and bounds steps more
+            tightly. ``None`` for a loss without a bound.
+        process_group: As of ``backward_hessian``. Gradients are the business of
+            ``DistributedDataParallel`` or of ``hbp.distributed.average``.
+        loss_scale: What the gradients are multiplied by, as ``scaler.get_scale()``.
+
+    Raises:
+        TypeError: ``model`` is no HBP module.
+        ValueError, RuntimeError, ArithmeticError: as ``batch_summed_hessian`` and
+            ``backward_hessian``.
+    """
+    if not isinstance(model, HBPModule):
+        raise TypeError(
+            f"model is a {type(model).__name__}, which sends no curvature backward. "
+            "Use HBP layers, or hbp.convert(model); of a wrapper pass model.module."
+        )
+    hessian = (per_sample_hessian if exact else batch_summed_hessian)(loss, outputs)
+    line = Line(model, outputs, loss, lower_bound, process_group)
+    gradient = line.gradient.detach().to(outputs.dtype)
+    if _has_further_leaves(loss, outputs):
+        loss.backward(torch.full_like(loss, loss_scale), retain_graph=True)
+    else:  # The graph of the loss alone stays, for the curvature along the step.
+        outputs.backward(gradient * loss_scale)
+    treatment = {"hessian": "none", "ggn": "zero"}.get(str(curvature), curvature)
+    model.backward_hessian(
+        hessian,
+        modify_2nd_order_terms=treatment,
+        process_group=process_group,
+        loss_scale=loss_scale,
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            vars(parameter)["line"] = line
+
+
+class Line:
+    """A loss along any step from here.
+
+    Args:
+        model: That computed the outputs, and has not changed since.
+        outputs: z, [N, ...].
+        loss: Their loss, whose graph is still there.
+        lower_bound: As of ``backward``.
+        process_group: As of ``backward``.
+
+    Attributes:
+        gradient: ∂loss/∂z, [N, ...], with a graph of its own.
+    """
+
+    def __init__(
+        self,
+        model: HBPModule,
+        outputs: Tensor,
+        loss: Tensor,
+        lower_bound: float | None,
+        process_group: Any,
+    ) -> None:
+        self.model, self.outputs, self.loss = model, outputs, loss.detach()
+        self.bound = -math.inf if lower_bound is None else lower_bound
+        self.process_group = process_group
+        self._places = casts(loss, outputs) or [outputs]
+        with torch.enable_grad():
+            self.gradient = loss_gradient(loss, self._places)
+
+    def measure(self, moves: Moves) -> Tensor:
+        """dᵀGd and the loss, [2], in float64; the means over processes."""
+        numbers = torch.stack([self.curvature(moves), self.loss]).double()
+        if self.process_group is not None:
+            average([numbers], self.process_group)
+        return numbers
+
+    def curvature(self, moves: Moves) -> Tensor:
+        """dᵀGd, eq-length, a scalar tensor."""
+        u = tangent(self.model, None, moves)
+        if u is None or not self.gradient.requires_grad:
+            return self.loss.new_zeros(())
+        u = u.view(self.outputs.shape)
+        # Within the range of half precision, if the gradient is in it.
+        largest = torch.linalg.vector_norm(u, math.inf)
+        unit = largest.clamp(min=torch.finfo(u.dtype).tiny)
+        with torch.enable_grad():
+            found = torch.autograd.grad(
+                self.gradient,
+                self._places,
+                (u / unit).to(self.gradient.dtype),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        return sum(
+            ((u / unit * Hu).sum() * unit * unit for Hu in found if Hu is not None),
+            self.loss.new_zeros(()),
+        )
+
+
 @singledispatch
-def tangent(layer: HBPModule, u: Tensor | None, moves: Moves) -> Tensor | None:
-    """How z moves as x moves by u and each parameter by its own move.
+def tangent(layer: Any, u: Tensor | None, moves: Moves) -> Tensor | None:
+    """How z moves, to first order, as x moves by u and parameters by their moves.
 
     Args:
         layer: After a forward pass with gradients enabled.
         u: [1, N · in_features]; None where x stays.
-        moves: By how much parameters move; those it does not name stay.
+        moves: By how much parameters move; those that it does not name stay.
 
     Returns:
         [1, N · out_features], exact for every sample; None where z stays.
     """
-    rules = layer.parameter_jacobians() if any(True for _ in _own(layer, moves)) else ()
-    terms = [J.jvp(moves[p].reshape(1, -1)) for p, J in rules if p in moves]
-    if u is not None:
-        terms.append(layer.jacobian().jvp(u))
+    terms = [] if u is None else [layer.jacobian().jvp(u)]
+    if any(p in moves for p in layer.parameters(recurse=False)):
+        for p, J in layer.parameter_jacobians():
+            terms += [J.jvp(moves[p].reshape(1, -1))] if p in moves else []
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def _own(layer: HBPModule, moves: Moves) -> Iterable[Tensor]:
-    return (p for p in layer.parameters(recurse=False) if p in moves)
-
-
 @tangent.register
-def _(chain: HBPSequential, u: Tensor | None, moves: Moves) -> Tensor | None:
-    for layer in chain:
-        u = tangent(layer, u, moves)
+def _(layer: HBPSequential, u: Tensor | None, moves: Moves) -> Tensor | None:
+    for child in layer.children():
+        u = tangent(child, u, moves)
     return u
 
 
 @tangent.register
 def _(layer: HBPResidual, u: Tensor | None, moves: Moves) -> Tensor | None:
-    past = u if layer.shortcut is None else tangent(layer.shortcut, u, moves)
     through = tangent(layer.branch, u, moves)
-    return through if past is None else past if through is None else past + through
+    past = u if layer.shortcut is None else tangent(layer.shortcut, u, moves)
+    return through if past is None else past if through is None else through + past
 
 
-class Line:
-    """The loss along any step from here."""
-
-    def __init__(self, model, outputs, gradient, loss, bound):
-        self.model, self.outputs, self.gradient = model, outputs, gradient
-        self.loss, self.bound = loss, bound
-
-    def curvature(self, moves: Moves) -> Tensor:
-        u = tangent(self.model, None, moves)
-        if u is None or not self.gradient.requires_grad:
-            return self.loss.new_zeros(())
-        u = u.view(self.outputs.shape)
-        with torch.enable_grad():
-            (Hu,) = torch.autograd.grad(
-                self.gradient, self.outputs, u.to(self.gradient), retain_graph=True,
-                allow_unused=True,
-            )
-        return self.loss.new_zeros(()) if Hu is None else (u * Hu).sum()
+def _has_further_leaves(loss: Tensor, outputs: Tensor) -> bool:
+    """Whether the loss depends on leaves, as a penalty does, other than by outputs."""
+    seen, waiting = {outputs.grad_fn}, [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if hasattr(node, "variable") and node.variable is not outputs:
+            return True
+        seen.add(node)
+        waiting += [before for before, _ in getattr(node, "next_functions", ())]
+    return False
 
 
-def backward(model, outputs, loss, curvature="abs", exact=False, lower_bound=0.0):
-    hessian = (per_sample_hessian if exact else batch_summed_hessian)(loss, outputs)
-    (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
-    torch.autograd.backward(outputs, gradient.detach())
-    model.backward_hessian(hessian, modify_2nd_order_terms=curvature)
-    line = Line(model, outputs, gradient, loss.detach(), lower_bound)
-    for p in model.parameters():
-        p.line = line
+@dataclass(frozen=True)
+class LineInfo:
+    """What was known of the loss along the last step, of all parameters together.
+
+    Attributes:
+        length: s, by which the Newton steps of all blocks were multiplied.
+        slope: -gᵀd, how fast the loss falls at first; d is the step for s = 1.
+        curvature: dᵀGd.
+        promised_decrease: how far the exact Gauss-Newton model falls for the step
+            lr·s·d, in units of the loss.
+        loss: The loss from which the step started.
+    """
+
+    length: float
+    slope: float
+    curvature: float
+    promised_decrease: float
+    loss: float
 
 
 class CGNewton(newton.CGNewton):
-    def __init__(self, params, lr=None, alpha=0.1, cg_tol=0.1, cg_atol=0.0, cg_maxiter=50, **k):
-        self.adaptive = lr is None
-        self.last_line = None
-        self.cap = 1.0
-        super().__init__(params, 1.0 if lr is None else lr, alpha, cg_tol=cg_tol, cg_atol=cg_atol, cg_maxiter=cg_maxiter, **k)
+    """Newton steps, one curvature block per parameter, of a length that holds.
 
-    def _take(self, steps):
-        if self.adaptive:
-            for step in steps: step.info(step.lr)
-            moves = {s.equation.parameter: s.change() for s in steps}
-            slope = -sum((p.grad * d).sum() for p, d in moves.items())
-            line = steps[0].equation.parameter.line
-            slope, D, loss = torch.stack([slope, line.curvature(moves), line.loss]).tolist()
-            room = loss - line.bound if line.bound is not None else -1
-            best = slope / D if D > 0 else math.inf
-            if room > 0:
-                room *= self.cap
-                best = min(best, 2 * room / (slope + math.sqrt(max(slope * slope - 2 * D * room, 0))))
-            self.last_line = (best, slope, D, loss)
-            steps = [s._replace(lr=s.lr * best) for s in steps]
+        optimizer = hbp.CGNewton(model.parameters())
+
+    For each parameter θ with gradient g and curvature H = ``p.hessian``,
+
+        [(1-α)H + αI] d = -g,        θ ← θ + lr · s · d
+
+    ([a step][eq-newton] of Dangel, Harmeling & Hennig 2020). The solver, and what makes
+    it fast, is that of ``hbp.core.newton.CGNewton``.
+
+    *Without a learning rate* s is one number for all parameters: the step ends where
+    the Gauss-Newton model along it has its [minimum][eq-length], and promises no more
+    than the loss has above its lower bound. ``lr`` is then a factor on it, 1 at first,
+    which schedulers may lower. ``hbp.backward(model, outputs, loss)`` has to come
+    before each step. Clipped gradients make the step shorter.
+
+    *With a learning rate* s = 1, as in the original. Then a step that promises more
+    than the loss has is a warning, once, where ``hbp.backward`` told what the loss is.
+
+    A step is all or nothing: every system is solved before any parameter moves. It uses
+    the curvature up: ``p.hessian`` and what the layers kept of the batch are gone then.
+    Curvature of your own is used as long as it stands in ``p.hvp``, a function from a
+    vector [n] to the product [n], or in ``p.hessian``. Frozen parameters and parameters
+    without a gradient are left alone.
+
+    Args:
+        params: Parameters, or dicts of parameter groups. Each option below but
+            ``adaptive_lr`` can be set per group.
+        lr: Learning rate, not negative; ``None`` for lengths from the curvature.
+        alpha: Damping α in [0, 1].
+        cg_atol: Absolute tolerance on the residual, not negative.
+        cg_tol: Tolerance on the residual relative to ‖g‖, positive; ``None`` for 0.1
+            without a learning rate and 1e-5 with one.
+        cg_maxiter: At most this many products, in each part; ``None`` for ten times
+            the number of unknowns.
+        solver: ``"cg"`` or ``"direct"``.
+        trust_radius: Bound on ‖d‖ of each parameter, by Steihaug's method; ``None``
+            for no bound. Only with ``solver="cg"``.
+        weight_decay: θ ← (1 - lr·weight_decay) θ before each step (decoupled, as in
+            ``torch.optim.AdamW``).
+        adaptive_lr: Whether s comes from the curvature; ``None`` for: without ``lr``.
+
+    Attributes:
+        last_step: What the last step did, parameter by parameter.
+        last_line: What was known of the loss along it; None without ``hbp.backward``.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter] | Iterable[dict[str, Any]],
+        lr: float | None = None,
+        alpha: float = DAMPING,
+        cg_atol: float = 1e-8,
+        cg_tol: float | None = None,
+        cg_maxiter: int | None = None,
+        solver: Literal["cg", "direct"] = "cg",
+        trust_radius: float | None = None,
+        weight_decay: float = 0.0,
+        adaptive_lr: bool | None = None,
+    ) -> None:
+        free = lr is None if adaptive_lr is None else adaptive_lr
+        self.last_line: LineInfo | None = None
+        self._warned = False
+        super().__init__(
+            params,
+            1.0 if lr is None else lr,
+            alpha,
+            cg_atol,
+            (0.1 if free else 1e-5) if cg_tol is None else cg_tol,
+            cg_maxiter,
+            solver,
+            trust_radius,
+            weight_decay=weight_decay,
+            adaptive_lr=free,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore an optimizer that was pickled, or a state; without the last step.
+
+        Raises:
+            ValueError: it is the state of another kind of optimizer.
+        """
+        for group in state["param_groups"]:
+            group.setdefault("weight_decay", 0.0)
+            group.setdefault("adaptive_lr", False)
+            missing = [name for name in ("alpha", "solver") if name not in group]
+            if missing:
+                raise ValueError(
+                    f"This state has no {', '.join(missing)}: it is that of another "
+                    "optimizer than CGNewton. Load one that CGNewton.state_dict() gave."
+                )
+        super().__setstate__(state)
+        self.last_line, self._warned = None, False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as ``torch.optim`` does.
+
+        Raises:
+            ValueError: an option of the group is out of its range, or ``adaptive_lr``
+                is not that of the other groups.
+        """
+        options = {**self.defaults, **param_group}
+        decay, free = options["weight_decay"], options["adaptive_lr"]
+        if not (is_number(decay) and 0 <= decay < math.inf):
+            raise ValueError(f"weight_decay={decay!r} must be finite, not negative.")
+        if not all(group["adaptive_lr"] is free for group in self.param_groups):
+            raise ValueError(
+                f"adaptive_lr={free!r} of a group must be that of all: one length is "
+                "found for the step of all parameters together."
+            )
+        super().add_param_group(param_group)
+
+    def _take(self, steps: Sequence[newton._Step]) -> None:
+        for step in steps:
+            step.info(step.lr)  # It raises unless there is a solution.
+        self.last_line = None
+        if steps and self.param_groups[0]["adaptive_lr"]:
+            self.last_line = _along(steps)
+            steps = [s._replace(lr=s.lr * self.last_line.length) for s in steps]
+        elif not self._warned:
+            self._warned = _warn_of_a_promise(steps)
+        for step in steps:
+            step.checked()
+        for group in self.param_groups:
+            for p in group["params"] if group["weight_decay"] else ():
+                if p.grad is not None:
+                    p.mul_(1 - float(group["lr"]) * group["weight_decay"])
         super()._take(steps)
+
+
+def _along(steps: Sequence[newton._Step]) -> LineInfo:
+    """What is known of the loss along a step.
+
+    Raises:
+        RuntimeError: nobody told the loss.
+        ArithmeticError: it has no curvature and no bound along the step, or is not
+            finite.
+    """
+    lines = _lines(steps)
+    if not lines:
+        raise RuntimeError(
+            "CGNewton without lr finds its length from the loss along the step, of "
+            "which it knows nothing. Call hbp.backward(model, outputs, loss) before "
+            "step(), or give CGNewton an lr."
+        )
+    # The groups' factors belong to the direction, all but the largest.
+    largest = max(step.lr for step in steps) or 1.0
+    directions = [step._replace(lr=step.lr / largest) for step in steps]
+    moves: dict[Tensor, Tensor]
+    moves = {step.equation.parameter: step.change() for step in directions}
+    slopes = [-(p.grad * d).sum() for p, d in moves.items() if p.grad is not None]
+    measured = torch.stack([line.measure(moves) for line in lines]).sum(0)
+    numbers = [torch.stack(slopes).double().sum()[None], measured]
+    slope, curvature, loss = torch.cat(numbers).tolist()  # The host waits here.
+    if not math.isfinite(slope + curvature + loss):
+        raise ArithmeticError(
+            f"No step was taken; along it the loss {loss} has slope {-slope} and "
+            f"curvature {curvature}. Check the loss, or scale it down."
+        )
+    length = _length(slope, curvature, loss - sum(line.bound for line in lines))
+    if length == math.inf:
+        raise ArithmeticError(
+            "No step was taken: along it the loss is linear, and it is at or below its "
+            "lower bound, so that no length is the best. Give CGNewton an lr."
+        )
+    s = length * largest
+    promise = s * slope - s * s / 2 * curvature
+    return LineInfo(length, slope, curvature, promise, loss)
+
+
+def _lines(steps: Sequence[newton._Step]) -> set[Line]:
+    """The lines that all parameters of a step are on; none if one of them has none."""
+    lines = [vars(step.equation.parameter).get("line") for step in steps]
+    return set() if None in lines else {line for line in lines if line}
+
+
+def _warn_of_a_promise(steps: Sequence[newton._Step]) -> bool:
+    """Warn where the step promises more than the loss has; whether it did."""
+    lines = _lines(steps)
+    promise = sum(step.info(step.lr).predicted_decrease for step in steps)
+    room = sum(float(line.loss) - line.bound for line in lines)
+    too_much = bool(lines) and promise > room > 0
+    if too_much:
+        warnings.warn(
+            f"The step promises to lower the loss by {promise:.3g}, but the loss has "
+            f"only {room:.3g} above its lower bound: the model means nothing so far "
+            "away. Leave lr away, so that CGNewton finds the length, or lower it.",
+            stacklevel=5,
+        )
+    return too_much
+
+
+def _length(slope: float, curvature: float, room: float) -> float:
+    """How far to go: to the minimum, or as far as ``room`` above the bound allows."""
+    if slope <= 0:
+        return 0.0
+    minimum = slope / curvature if curvature > 0 else math.inf
+    if room <= 0 or room == math.inf:
+        return minimum
+    # The smaller root of s·slope - ½s²·curvature = room, without cancellation.
+    root = math.sqrt(max(slope * slope - 2 * curvature * room, 0.0))
+    return min(minimum, 2 * room / (slope + root))

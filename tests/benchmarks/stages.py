@@ -18,8 +18,9 @@ from torch import Tensor
 from benchmarks.measure import WARMUP, Stopwatch, now
 from benchmarks.steps import LOSS, Newton
 from benchmarks.work import newton
-from hbp import CGNewton, StepInfo, output_hessian
+from hbp import CGNewton, output_hessian
 from hbp.core import newton as newton_step
+from hbp.optim import StepInfo
 
 
 def measure(

@@ -384,7 +384,8 @@ class HBPModule(nn.Module):
             input_hessian, reading = as_batch(process_group).read(passage)
         # The optimizer tells the model when its step has used the curvature up.
         for parameter, block in reading.blocks.items():
-            vars(parameter).update(hessian=block, hessian_of=weakref.ref(self))
+            own = {"hessian": block, "hessian_of": weakref.ref(self), "line": None}
+            vars(parameter).update(own)
         return input_hessian
 
     def pull_back(

@@ -115,11 +115,12 @@ class CGNewton(torch.optim.Optimizer):
         cg_maxiter: int | None = None,
         solver: Literal["cg", "direct"] = "cg",
         trust_radius: float | None = None,
+        **further: Any,
     ) -> None:
         cg = {"cg_atol": cg_atol, "cg_tol": cg_tol, "cg_maxiter": cg_maxiter}
         defaults = {"lr": lr, "alpha": alpha, **cg, "solver": solver}
         self.last_step: dict[Tensor, StepInfo] = {}
-        super().__init__(params, {**defaults, "trust_radius": trust_radius})
+        super().__init__(params, {**defaults, "trust_radius": trust_radius, **further})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore an optimizer that was pickled, without its last step."""
@@ -261,7 +262,7 @@ def _steps(index: int, group: dict[str, Any]) -> list[_Step]:
         solved = (_by_cg if by_cg else _directly)(equations, options)
         for equation, (y, margin, facts) in zip(equations, solved, strict=True):
             info = partial(_info, equation, group["alpha"], margin, facts)
-            steps.append(_Step(equation, y, group["lr"], info))
+            steps.append(_Step(equation, y, float(group["lr"]), info))
     return steps
 
 
@@ -455,7 +456,8 @@ def _check_loss(loss: object) -> None:
 
 def _check_options(options: dict[str, Any]) -> None:
     lr, solver, trust = options["lr"], options["solver"], options["trust_radius"]
-    if not (is_number(lr) and 0 <= float(lr) < math.inf):
+    is_scalar = (isinstance(lr, Tensor) and lr.numel() == 1) or is_number(lr)
+    if isinstance(lr, bool) or not (is_scalar and 0 <= float(lr) < math.inf):
         raise ValueError(f"lr={lr!r} must be a finite number that is not negative.")
     check_alpha(options["alpha"])
     check_cg_options(
