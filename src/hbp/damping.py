@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from hbp.core.guards import is_number
@@ -28,11 +29,16 @@ class LevenbergMarquardt:
 
     With λ = α/(1-α), the matrix is (1-α)(H + λI). λ is divided by ``factor`` where
     ρ > 3/4 and multiplied by it where ρ < 1/4, in every parameter group. A decrease
-    that the loss cannot resolve changes nothing. α lives in ``param_groups``, hence in
-    ``optimizer.state_dict()``; this object has no state of its own.
+    that the loss cannot resolve changes nothing. A step after which the loss is higher
+    is taken back: the parameters are what they were, for which each step begins with a
+    copy of them. α lives in ``param_groups``, hence in ``optimizer.state_dict()``.
+
+    Where the optimizer finds the length of its steps itself, the model is not the sum
+    over the blocks but the exact Gauss-Newton model along the step, whose decrease is
+    ``optimizer.last_line.promised_decrease``.
 
     Growing damping leads to gradient descent with step length lr, not to a step of
-    zero. So lr has to be one with which gradient descent is stable.
+    zero. So where an lr is given, gradient descent has to be stable with it.
 
     Args:
         optimizer: Its groups' α must lie within the bounds.
@@ -72,6 +78,8 @@ class LevenbergMarquardt:
                     f"[{min_alpha!r}, {max_alpha!r}]. Start within, or widen the "
                     "bounds with min_alpha and max_alpha."
                 )
+        self._before: list[tuple[Tensor, Tensor]] = []
+        optimizer.register_step_pre_hook(self._keep)
         self.optimizer = optimizer
         self.factor = factor
         self.min_alpha = min_alpha
@@ -105,6 +113,8 @@ class LevenbergMarquardt:
         if abs(predicted) <= RESOLUTION * abs(before):
             return math.nan
         ratio = (before - after) / predicted if math.isfinite(after) else -math.inf
+        if not after <= before:
+            self._take_back()
         if ratio > 3 / 4:
             self._scale(1 / self.factor)
         elif ratio < 1 / 4:
@@ -112,12 +122,15 @@ class LevenbergMarquardt:
         return ratio
 
     def _predicted(self) -> float:
+        line = getattr(self.optimizer, "last_line", None)
         steps = self.optimizer.last_step.values()
         if not steps:
             raise RuntimeError(
                 "There is no step to judge. Call optimizer.step() before step()."
             )
         predicted = sum(info.undamped_decrease for info in steps)
+        if line is not None:
+            predicted = line.promised_decrease
         if math.isfinite(predicted):
             return predicted
         raise ValueError(
@@ -125,6 +138,17 @@ class LevenbergMarquardt:
             "alpha=1, it tells nothing of H: keep alpha at or below max_alpha="
             f"{self.max_alpha!r}. Otherwise scale the loss: its numbers are too large."
         )
+
+    def _keep(self, optimizer: CGNewton, args: object, kwargs: object) -> None:
+        """Before a step: what it starts from."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = [p for p in parameters if p.grad is not None]
+        self._before = [(p, p.detach().clone()) for p in trained]
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        for parameter, value in self._before:
+            parameter.copy_(value)
 
     def _scale(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -136,7 +160,7 @@ class LevenbergMarquardt:
 def _loss(name: str, value: object) -> float:
     if isinstance(value, Tensor):
         if value.numel() == 1 and not (value.is_complex() or value.is_meta):
-            return float(value)
+            return float(value.detach())
     elif is_number(value):
         return float(value)
     raise TypeError(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hbp.convert import Converted
 from hbp.core import newton
 from hbp.core.containers import HBPResidual, HBPSequential
 from hbp.core.guards import is_number
@@ -187,8 +188,15 @@ def tangent(layer: Any, u: Tensor | None, moves: Moves) -> Tensor | None:
     Returns:
         [1, N · out_features], exact for every sample; None where z stays.
     """
+    own = set(layer.parameters(recurse=False))
+    if any(p in moves for p in layer.parameters() if p not in own):
+        raise TypeError(
+            f"{type(layer).__name__} contains layers, but no rule says how a step goes "
+            "through it. Register one by hbp.line.tangent.register, or use "
+            "HBPSequential and HBPResidual."
+        )
     terms = [] if u is None else [layer.jacobian().jvp(u)]
-    if any(p in moves for p in layer.parameters(recurse=False)):
+    if any(p in moves for p in own):
         for p, J in layer.parameter_jacobians():
             terms += [J.jvp(moves[p].reshape(1, -1))] if p in moves else []
     return sum(terms[1:], terms[0]) if terms else None
@@ -206,6 +214,11 @@ def _(layer: HBPResidual, u: Tensor | None, moves: Moves) -> Tensor | None:
     through = tangent(layer.branch, u, moves)
     past = u if layer.shortcut is None else tangent(layer.shortcut, u, moves)
     return through if past is None else past if through is None else through + past
+
+
+@tangent.register
+def _(layer: Converted, u: Tensor | None, moves: Moves) -> Tensor | None:
+    return tangent(vars(layer)["_chain"], u, moves)
 
 
 def _has_further_leaves(loss: Tensor, outputs: Tensor) -> bool:
@@ -364,6 +377,7 @@ class CGNewton(newton.CGNewton):
             step.info(step.lr)  # It raises unless there is a solution.
         self.last_line = None
         if steps and self.param_groups[0]["adaptive_lr"]:
+            steps = [_formed(step) for step in steps]
             self.last_line = _along(steps)
             steps = [s._replace(lr=s.lr * self.last_line.length) for s in steps]
         elif not self._warned:
@@ -375,6 +389,17 @@ class CGNewton(newton.CGNewton):
                 if p.grad is not None:
                     p.mul_(1 - float(group["lr"]) * group["weight_decay"])
         super()._take(steps)
+
+
+def _formed(step: newton._Step) -> newton._Step:
+    """The same step, in the coordinates of its parameter: it is needed twice."""
+    d = step._replace(lr=1.0).change().view(-1)
+
+    def add_to(target: Tensor, y: Tensor, scale: float) -> None:
+        target.add_(y, alpha=-scale)
+
+    system = step.equation.system._replace(add_to=add_to)
+    return step._replace(equation=step.equation._replace(system=system), y=d)
 
 
 def _along(steps: Sequence[newton._Step]) -> LineInfo:
@@ -394,10 +419,12 @@ def _along(steps: Sequence[newton._Step]) -> LineInfo:
         )
     # The groups' factors belong to the direction, all but the largest.
     largest = max(step.lr for step in steps) or 1.0
-    directions = [step._replace(lr=step.lr / largest) for step in steps]
-    moves: dict[Tensor, Tensor]
-    moves = {step.equation.parameter: step.change() for step in directions}
-    slopes = [-(p.grad * d).sum() for p, d in moves.items() if p.grad is not None]
+    moves: dict[Tensor, Tensor] = {}
+    for step in steps:
+        d = step.y if step.lr == largest else step.y * (step.lr / largest)
+        moves[step.equation.parameter] = d
+    gradients = [(p.grad, d) for p, d in moves.items() if p.grad is not None]
+    slopes = [-torch.dot(g.flatten(), d) for g, d in gradients]
     measured = torch.stack([line.measure(moves) for line in lines]).sum(0)
     numbers = [torch.stack(slopes).double().sum()[None], measured]
     slope, curvature, loss = torch.cat(numbers).tolist()  # The host waits here.
