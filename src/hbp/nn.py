@@ -10,9 +10,6 @@ from hbp.core.layers.elementwise import HBPReLU as HBPReLU
 from hbp.core.layers.elementwise import HBPSigmoid as HBPSigmoid
 from hbp.core.layers.elementwise import HBPTanh as HBPTanh
 from hbp.core.layers.linear import HBPLinear as HBPLinear
-from hbp.core.layers.pooling import HBPAdaptiveAvgPool1d as HBPAdaptiveAvgPool1d
-from hbp.core.layers.pooling import HBPAdaptiveAvgPool2d as HBPAdaptiveAvgPool2d
-from hbp.core.layers.pooling import HBPAdaptiveAvgPool3d as HBPAdaptiveAvgPool3d
 from hbp.core.layers.pooling import HBPAvgPool1d as HBPAvgPool1d
 from hbp.core.layers.pooling import HBPAvgPool2d as HBPAvgPool2d
 from hbp.core.layers.pooling import HBPAvgPool3d as HBPAvgPool3d
@@ -22,9 +19,6 @@ from hbp.core.layers.pooling import HBPMaxPool3d as HBPMaxPool3d
 from hbp.core.layers.shape import HBPFlatten as HBPFlatten
 from hbp.core.layers.shape import HBPIdentity as HBPIdentity
 from hbp.core.layers.shape import HBPUnflatten as HBPUnflatten
-from hbp.core.layers.shape import HBPZeroPad1d as HBPZeroPad1d
-from hbp.core.layers.shape import HBPZeroPad2d as HBPZeroPad2d
-from hbp.core.layers.shape import HBPZeroPad3d as HBPZeroPad3d
 from hbp.core.layers.shape import LinearRule as LinearRule
 from hbp.core.module import HBPModule as HBPModule
 from hbp.layers.activations import HBPCELU as HBPCELU
@@ -51,6 +45,12 @@ from hbp.layers.normalization import HBPBatchNorm1d as HBPBatchNorm1d
 from hbp.layers.normalization import HBPBatchNorm2d as HBPBatchNorm2d
 from hbp.layers.normalization import HBPBatchNorm3d as HBPBatchNorm3d
 from hbp.layers.normalization import HBPLayerNorm as HBPLayerNorm
+from hbp.layers.pooling import HBPAdaptiveAvgPool1d as HBPAdaptiveAvgPool1d
+from hbp.layers.pooling import HBPAdaptiveAvgPool2d as HBPAdaptiveAvgPool2d
+from hbp.layers.pooling import HBPAdaptiveAvgPool3d as HBPAdaptiveAvgPool3d
+from hbp.layers.shape import HBPZeroPad1d as HBPZeroPad1d
+from hbp.layers.shape import HBPZeroPad2d as HBPZeroPad2d
+from hbp.layers.shape import HBPZeroPad3d as HBPZeroPad3d
 from hbp.layers.transposed import HBPConvTranspose1d as HBPConvTranspose1d
 from hbp.layers.transposed import HBPConvTranspose2d as HBPConvTranspose2d
 from hbp.layers.transposed import HBPConvTranspose3d as HBPConvTranspose3d

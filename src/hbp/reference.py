@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from hbp.core.module import TREATMENTS
+
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -117,8 +119,8 @@ def exact_blocks(
         loss_func: A sum or mean over samples.
         inputs: [N, ...].
         targets: [N, ...].
-        modify_2nd_order_terms: ``None`` or ``"none"``, ``"zero"``, ``"abs"`` or
-            ``"clip"``.
+        modify_2nd_order_terms: ``None`` or ``"none"``, ``"ggn"`` or ``"zero"``,
+            ``"abs"`` or ``"clip"``.
 
     Returns:
         The sum over samples.
@@ -353,7 +355,7 @@ def _modify(second_order: Tensor, how: str | None) -> Tensor:
     """The treatment of a symmetric matrix, on its eigenvalues; eq-mod."""
     if how in (None, "none"):
         return second_order
-    if how == "zero":
+    if TREATMENTS[how] is None:  # Whatever the names of the GGN are.
         return torch.zeros_like(second_order)
     values, vectors = torch.linalg.eigh(second_order)
     values = {"abs": values.abs(), "clip": values.clamp(min=0)}[how]

@@ -155,6 +155,10 @@ class _Check:
         loss = self._loss(logits, self._labels)
         self._hessians = per_sample_hessian(loss, logits)
         loss.backward()
+        # A pass would refuse them; a finding says more.
+        ruled = {p for _, module in _hbp_modules(layer) for p in _ruled(module)}
+        for parameter in layer.parameters():
+            parameter.requires_grad_(parameter in ruled)
 
     def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         # A mean over the batch also where only one sample of it is given.
@@ -295,15 +299,23 @@ def _require_curvature(expected: _Blocks) -> None:
 
 def _jacobians(layer: HBPModule) -> Iterator[tuple[str, Jacobian]]:
     """Every map that a pass through the layer, or through those inside it, reads."""
-    for path, module in layer.named_modules():
-        if not isinstance(module, HBPModule):
-            continue
+    for path, module in _hbp_modules(layer):
         of = f" of {path}" if path else ""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         if not _is_empty(J := module.jacobian()):
             yield f"jacobian{of}", J
         for parameter, J in module.parameter_jacobians():
             yield f"parameter_jacobians{of}, {names[id(parameter)]}", J
+
+
+def _hbp_modules(layer: HBPModule) -> list[tuple[str, HBPModule]]:
+    """The layer and those inside it, by name."""
+    return [(n, m) for n, m in layer.named_modules() if isinstance(m, HBPModule)]
+
+
+def _ruled(module: HBPModule) -> list[Tensor]:
+    """The parameters for which a layer has a rule."""
+    return [parameter for parameter, _ in module.parameter_jacobians()]
 
 
 def _is_empty(J: Jacobian) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 from torch import Tensor, nn
 
@@ -194,13 +195,10 @@ def _require_distinct(module: nn.Module) -> None:
 def _leaves(module: nn.Module) -> list[nn.Module]:
     """The layers of a nest of containers, each as often as it occurs."""
     # Not children(), which leaves out a layer that occurs again.
-    leaves = []
-    for child in module._modules.values():
-        if isinstance(child, HBPSequential | HBPResidual):
-            leaves += _leaves(child)
-        elif child is not None:
-            leaves.append(child)
-    return leaves
+    children = [child for child in module._modules.values() if child is not None]
+    nests = HBPSequential | HBPResidual
+    inside = [_leaves(c) if isinstance(c, nests) else [c] for c in children]
+    return list(chain(*inside))
 
 
 def _is_trained(module: nn.Module) -> bool:

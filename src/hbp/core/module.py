@@ -11,7 +11,7 @@ and what mod does decides which curvature matrix travels backward:
 | treatment | mod(r) | curvature matrix |
 |---|---|---|
 | ``None``, ``"none"`` | r | Hessian; can be indefinite |
-| ``"zero"`` | 0 | generalized Gauss-Newton (GGN) |
+| ``"ggn"``, ``"zero"`` | 0 | generalized Gauss-Newton (GGN) |
 | ``"abs"`` | absolute value of r | positive-curvature Hessian (PCH) |
 | ``"clip"`` | max(r, 0) | the other PCH |
 
@@ -45,6 +45,7 @@ TREATMENTS: Final[dict[str | None, Modify | None]] = {
     None: lambda r: r,
     "none": lambda r: r,
     "zero": None,
+    "ggn": None,
     "abs": torch.abs,
     "clip": lambda r: r.clamp(min=0),
 }
@@ -52,6 +53,13 @@ TREATMENTS: Final[dict[str | None, Modify | None]] = {
 
 TRANSIENT: Final = ("hessian", "hessian_of", "line", "__getstate__")
 """Attributes of a parameter that belong to one batch, or to this very object."""
+
+NO_RULE: Final = (
+    "Undo parametrizations, as weight norm, by remove_parametrizations(), and pruning "
+    "by prune.remove(); give the Jacobian of a parameter of your own in "
+    "parameter_jacobians(), see the page Write a layer; or freeze it."
+)
+"""What to do about a parameter without curvature."""
 
 
 @dataclass
@@ -298,6 +306,8 @@ class HBPModule(nn.Module):
                 "outputs = model(inputs) with gradients enabled first."
             )
         self.last_record.require_usable(self)
+        if hasattr(self, "parametrizations"):  # To read one may change its state.
+            raise TypeError(f"No rule knows the parametrizations of {self}. {NO_RULE}")
         shape, wanted = self.last_record.input_shape, self.input_dimensions
         if wanted not in (None, len(shape)):
             raise ValueError(
@@ -341,9 +351,9 @@ class HBPModule(nn.Module):
                 averaged curvature; or [N, features, features], one matrix for each
                 sample as by ``per_sample_hessian``, for [exact products][eq-exact].
             compute_input_hessian: Whether to return the curvature w.r.t. the input.
-            modify_2nd_order_terms: ``None`` or ``"none"`` (Hessian), ``"zero"``
-                (generalized Gauss-Newton), ``"abs"`` or ``"clip"``
-                (positive-curvature Hessians); see ``hbp.core.module``.
+            modify_2nd_order_terms: ``None`` or ``"none"`` (Hessian), ``"ggn"`` or
+                ``"zero"``, which is the same (generalized Gauss-Newton), ``"abs"`` or
+                ``"clip"`` (positive-curvature Hessians); see ``hbp.core.module``.
             process_group: Processes that each have a part of the batch, as
                 ``torch.distributed.group.WORLD``: the curvature is that of the whole,
                 whose loss is the [mean of their losses][eq-parts]. All of them have to
@@ -361,7 +371,8 @@ class HBPModule(nn.Module):
             ValueError: ``output_hessian`` has the wrong shape, dtype or device, is not
                 symmetric or finite; the treatment is unknown; the batch is empty;
                 ``loss_scale`` is not positive and finite.
-            TypeError: a parameter is in half precision; ``process_group`` is none.
+            TypeError: a parameter is in half precision; no rule gives one its
+                curvature, as with weight norm or pruning; ``process_group`` is none.
             RuntimeError: no forward pass, or no ``loss.backward()``, came before;
                 gradients were accumulated over several passes; another process of the
                 group failed.
@@ -377,6 +388,9 @@ class HBPModule(nn.Module):
             nonnegative = modify_2nd_order_terms not in (None, "none")
             reading = Reading(modify, nonnegative, samples, batch)
             input_hessian = self.pull_back(H, reading, further)
+            for name, p in self.named_parameters():
+                if p.requires_grad and p not in reading.blocks:
+                    raise TypeError(f"No rule gives {name} its curvature. {NO_RULE}")
             reading.require_finite()
             return input_hessian, reading
 
@@ -496,8 +510,8 @@ class HBPModule(nn.Module):
 
     def set_hbp_approximation(
         self,
-        average_input_jacobian: bool = True,
-        average_parameter_jacobian: bool = True,
+        average_input_jacobian: bool | None = None,
+        average_parameter_jacobian: bool | None = None,
     ) -> None:
         """Choose [the batch scheme][eq-averaging], here and in every HBP module inside.
 
@@ -509,22 +523,21 @@ class HBPModule(nn.Module):
             average_parameter_jacobian: The same choice for a weight: ``True`` gives
                 H ⊗ x̄x̄ᵀ, ``False`` H ⊗ E[xxᵀ].
 
-        A call sets both; what it does not name becomes ``True``. Layers to which a
-        choice does not apply ignore it.
+        ``None`` leaves a choice as it is; a new layer averages both Jacobians. Layers
+        to which a choice does not apply ignore it.
 
         Raises:
-            TypeError: an argument is no bool.
+            TypeError: an argument is neither a bool nor None.
         """
-        choices = {
-            "average_input_jacobian": average_input_jacobian,
-            "average_parameter_jacobian": average_parameter_jacobian,
-        }
+        choices = {"average_input_jacobian": average_input_jacobian}
+        choices["average_parameter_jacobian"] = average_parameter_jacobian
         for name, value in choices.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}={value!r} must be True or False.")
+            if not isinstance(value, bool | None):
+                raise TypeError(f"{name}={value!r} must be True, False or None.")
         for module in self.modules():
             if isinstance(module, HBPModule):
-                vars(module).update({name: choices[name] for name in module.schemes})
+                own = {n: choices[n] for n in module.schemes if choices[n] is not None}
+                vars(module).update(own)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients and, with them, ``p.hessian``."""
@@ -587,7 +600,7 @@ def _treatment(name: str | None, loss_scale: float) -> Modify | None:
     if not isinstance(name, str | None) or name not in TREATMENTS:
         raise ValueError(
             f"modify_2nd_order_terms={name!r} is unknown. Choose None or 'none' "
-            "(Hessian), 'zero' (generalized Gauss-Newton), 'abs' or 'clip' "
+            "(Hessian), 'ggn' or 'zero' (generalized Gauss-Newton), 'abs' or 'clip' "
             "(positive-curvature Hessians)."
         )
     if not (is_number(loss_scale) and 0 < loss_scale < math.inf):

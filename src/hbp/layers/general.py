@@ -86,6 +86,13 @@ class BilinearRule(HBPModule):
     def check_record(self) -> None:
         super().check_record()
         inside = [name for name, _ in self.named_parameters() if "." in name]
+        computed = [name for name, value in vars(self).items() if _is_computed(value)]
+        if computed:
+            raise TypeError(
+                f"{computed[0]} of {type(self).__name__} is computed from parameters "
+                "before each forward pass, as by pruning, and a BilinearRule cannot "
+                "vary them. Undo it, by prune.remove() say."
+            )
         if inside:
             raise TypeError(
                 f"BilinearRule varies a layer's own parameters, but {inside[0]} of "
@@ -115,6 +122,10 @@ class BilinearRule(HBPModule):
         """What a product reads of the layer."""
         own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
         return [Watched(value, "A weight") for value in own if value is not but]
+
+
+def _is_computed(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_leaf
 
 
 def _linear_part(

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
 
-from hbp.core.layers.convolution import ConvolutionRule
+from torch import Tensor, nn
 
-# torch's forward of these takes an output_size besides. It would change the layer's
-# options from one call to the next, which the rules read but once.
+from hbp.core.layers.convolution import Convolution, ConvolutionRule
 
 
-class HBPConvTranspose1d(ConvolutionRule, nn.ConvTranspose1d):  # type: ignore[misc]
+class TransposedRule(ConvolutionRule):
+    """z = W ∗ x + b, a transposed convolution; ``output_size`` may differ by call."""
+
+    def forward(
+        self, input: Tensor, output_size: Sequence[int] | None = None
+    ) -> Tensor:
+        """z = W ∗ x + b, [N, C, ...] → [N, out, ...], of ``output_size`` if given.
+
+        Raises:
+            ValueError: no output padding of that layer gives this size.
+        """
+        options = () if output_size is None else (output_size,)
+        output = super(ConvolutionRule, self).forward(input, *options)
+        return self.record(input, output, keep=input)
+
+    def convolution(self: Any) -> Convolution:
+        """That of the layer, with the output padding of the latest forward pass."""
+        found = super().convolution()
+        stride, padding, dilation, transposed, _, groups = found.options
+        before, after = self.last_record.input_shape, self.last_record.output_shape
+        each = stride, padding, dilation, self.kernel_size, before[2:], after[2:]
+        extra = tuple(
+            z - ((x - 1) * s - 2 * p + d * (k - 1) + 1)
+            for s, p, d, k, x, z in zip(*each, strict=True)
+        )
+        options = stride, padding, dilation, transposed, extra, groups
+        return found._replace(options=options)
+
+
+class HBPConvTranspose1d(TransposedRule, nn.ConvTranspose1d):
     """``torch.nn.ConvTranspose1d`` that sends curvature backward."""
 
     input_dimensions = 3
 
 
-class HBPConvTranspose2d(ConvolutionRule, nn.ConvTranspose2d):  # type: ignore[misc]
+class HBPConvTranspose2d(TransposedRule, nn.ConvTranspose2d):
     """``torch.nn.ConvTranspose2d`` that sends curvature backward."""
 
     input_dimensions = 4
 
 
-class HBPConvTranspose3d(ConvolutionRule, nn.ConvTranspose3d):  # type: ignore[misc]
+class HBPConvTranspose3d(TransposedRule, nn.ConvTranspose3d):
     """``torch.nn.ConvTranspose3d`` that sends curvature backward."""
 
     input_dimensions = 5

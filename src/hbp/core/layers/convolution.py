@@ -41,9 +41,20 @@ class ConvolutionRule(HBPModule):
         """z = W ∗ x + b, [N, C, ...] → [N, out, ...]."""
         return self.record(input, super().forward(input), keep=input)
 
+    def convolution(self: Any) -> Convolution:
+        """x, W ↦ W ∗ x as in the latest forward pass."""
+        # Zeros of equal widths are left to torch; a transposed convolution crops.
+        zeros, named = self.padding_mode == "zeros", isinstance(self.padding, str)
+        plain = self.transposed or (zeros and not named)
+        pads = [] if plain else self._reversed_padding_repeated_twice
+        padding = self.padding if plain else (0,) * len(self.kernel_size)
+        options = self.dilation, self.transposed, self.output_padding, self.groups
+        mode = "constant" if zeros else self.padding_mode
+        return Convolution(pads, mode, (self.stride, padding, *options))
+
     def jacobian(self) -> Jacobian:
         before, after = self.last_record.input_shape, self.last_record.output_shape
-        convolution, W = _Convolution.of(self), self.weight.detach()
+        convolution, W = self.convolution(), self.weight.detach()
         padded = convolution.pad(W.new_empty(()).expand(1, *before[1:])).shape[1:]
         pad = Function(convolution.pad, before[1:], padded, before[0])
         convolve = Function(
@@ -58,30 +69,19 @@ class ConvolutionRule(HBPModule):
 
     def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
         x, after = self.last_record.kept, self.last_record.output_shape[1:]
-        convolution, shape = _Convolution.of(self), self.weight.shape
+        convolution, shape = self.convolution(), self.weight.shape
         pull = partial(convolution.to_weight, shape)
         yield self.weight, Bilinear(convolution.of_any, pull, x, shape, after)
         if self.bias is not None:
             yield self.bias, Bias(self.bias.shape, after, len(x))
 
 
-class _Convolution(NamedTuple):
+class Convolution(NamedTuple):
     """x, W ↦ W ∗ x of a layer, without its bias. It can be copied and pickled."""
 
     pads: Sequence[int]
     mode: str
     options: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, layer: Any) -> _Convolution:
-        # Zeros of equal widths are left to torch; a transposed convolution crops.
-        zeros, named = layer.padding_mode == "zeros", isinstance(layer.padding, str)
-        plain = layer.transposed or (zeros and not named)
-        pads = [] if plain else layer._reversed_padding_repeated_twice
-        padding = layer.padding if plain else (0,) * len(layer.kernel_size)
-        options = layer.dilation, layer.transposed, layer.output_padding, layer.groups
-        mode = "constant" if zeros else layer.padding_mode
-        return cls(pads, mode, (layer.stride, padding, *options))
 
     def pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self.pads, mode=self.mode) if any(self.pads) else x

@@ -36,10 +36,8 @@ class ElementwiseRule(HBPModule):
     def forward(self, input: Tensor) -> Tensor:
         """z = φ(x), [N, ...] → [N, ...]."""
         # An in-place layer overwrites x, which its derivatives may need.
-        overwrites = (
-            getattr(self, "inplace", False) and not self.derivatives_from_output
-        )
-        x = input.detach().clone() if overwrites else input
+        in_place = getattr(self, "inplace", False) and not self.derivatives_from_output
+        x = input.detach().clone() if in_place else input
         output = super().forward(input)
         return self.record(input, output, output if self.derivatives_from_output else x)
 

@@ -26,18 +26,6 @@ class HBPAvgPool3d(LinearRule, nn.AvgPool3d):
     """``torch.nn.AvgPool3d`` that sends curvature backward."""
 
 
-class HBPAdaptiveAvgPool1d(LinearRule, nn.AdaptiveAvgPool1d):
-    """``torch.nn.AdaptiveAvgPool1d`` that sends curvature backward."""
-
-
-class HBPAdaptiveAvgPool2d(LinearRule, nn.AdaptiveAvgPool2d):
-    """``torch.nn.AdaptiveAvgPool2d`` that sends curvature backward."""
-
-
-class HBPAdaptiveAvgPool3d(LinearRule, nn.AdaptiveAvgPool3d):
-    """``torch.nn.AdaptiveAvgPool3d`` that sends curvature backward."""
-
-
 class MaxPoolRule(HBPModule):
     """z_p = max of x over the window of position p: z = Πx, Π selects.
 

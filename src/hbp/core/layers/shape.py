@@ -54,15 +54,3 @@ class HBPUnflatten(RearrangementRule, nn.Unflatten):
 
 class HBPIdentity(RearrangementRule, nn.Identity):
     """``torch.nn.Identity`` that sends curvature backward."""
-
-
-class HBPZeroPad1d(LinearRule, nn.ZeroPad1d):
-    """``torch.nn.ZeroPad1d`` that sends curvature backward."""
-
-
-class HBPZeroPad2d(LinearRule, nn.ZeroPad2d):
-    """``torch.nn.ZeroPad2d`` that sends curvature backward."""
-
-
-class HBPZeroPad3d(LinearRule, nn.ZeroPad3d):
-    """``torch.nn.ZeroPad3d`` that sends curvature backward."""
