@@ -39,6 +39,7 @@ ACTIVATIONS = [
     hbp.HBPHardtanh,
     hbp.HBPReLU6,
     hbp.HBPHardswish,
+    hbp.HBPHardsigmoid,
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import hbp
 from hbp import reference
 from hbp.layers.shape import HBPReshape
+from hbp.testing import check_layer
 
 
 def _torch_model() -> nn.Sequential:
@@ -139,10 +141,17 @@ class _Custom(nn.Linear):
     pass
 
 
+# How an error ends: with the page that says what is supported, and with the way out.
+WAY_OUT = (
+    r"\nWhat it knows is on the page Curvature for a model you have\.\nFor the rest .* "
+    r"class HBPMine\(GeneralRule, Mine\) .* the page Write a layer\.$"
+)
+
+
 @pytest.mark.parametrize(
     ("model", "named"),
     [
-        (nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.PReLU())), r"1\.0: PReLU"),
+        (nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.RReLU())), r"1\.0: RReLU"),
         (_Custom(1, 2), r"the model: _Custom"),
         (nn.Sequential(nn.LazyLinear(2)), r"0: LazyLinear"),
         (nn.ModuleList([nn.Linear(1, 1)]), "the model: ModuleList"),
@@ -151,9 +160,11 @@ class _Custom(nn.Linear):
     ids=["nested", "subclass", "lazy", "list", "parametrized"],
 )
 def test_unsupported_layers_are_named(model: nn.Module, named: str) -> None:
-    supported = r"nn\.Linear, nn\.Conv1d, .*nn\.Sequential and HBP layers"
-    with pytest.raises(TypeError, match=rf"(?s){named}.*Supported are {supported}"):
+    with pytest.raises(
+        TypeError, match=rf"(?s)does not know {named}.*{WAY_OUT}"
+    ) as info:
         hbp.convert(model)
+    assert len(str(info.value).splitlines()) >= 3
 
 
 @pytest.mark.parametrize(
@@ -225,6 +236,30 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.LogSigmoid(), VECTOR),
     (nn.Hardtanh(-0.5, 0.3), VECTOR),
     (nn.Hardswish(), VECTOR),
+    (nn.Hardsigmoid(), VECTOR),
+    (nn.PReLU(6), VECTOR),
+    (nn.Softmax(1), VECTOR),
+    (nn.LogSoftmax(-1), SIGNAL),
+    (nn.GroupNorm(1, 2), SIGNAL),
+    (nn.RMSNorm((6,)), SIGNAL),
+    (nn.AdaptiveMaxPool1d(4), SIGNAL),
+    (nn.AdaptiveMaxPool2d((4, None)), IMAGE),
+    (nn.AdaptiveMaxPool3d(1), VOLUME),
+    (nn.ReflectionPad1d((1, 2)), SIGNAL),
+    (nn.ReflectionPad2d(1), IMAGE),
+    (nn.ReflectionPad3d(1), VOLUME),
+    (nn.ReplicationPad1d((1, 2)), SIGNAL),
+    (nn.ReplicationPad2d(1), IMAGE),
+    (nn.ReplicationPad3d(1), VOLUME),
+    (nn.CircularPad1d((1, 2)), SIGNAL),
+    (nn.CircularPad2d(1), IMAGE),
+    (nn.CircularPad3d(1), VOLUME),
+    (nn.ConstantPad1d((1, 2), 0.5), SIGNAL),
+    (nn.ConstantPad2d(1, 0.5), IMAGE),
+    (nn.ConstantPad3d(1, 0.5), VOLUME),
+    (nn.PixelShuffle(2), (3, 4, 2, 2)),
+    (nn.PixelUnshuffle(2), IMAGE),
+    (nn.Upsample(scale_factor=2, mode="bilinear"), IMAGE),
     (nn.MaxPool1d(3, 1, 1), SIGNAL),
     (nn.MaxPool2d((2, 1), ceil_mode=True, dilation=2), IMAGE),
     (nn.MaxPool3d(2), VOLUME),
@@ -567,6 +602,15 @@ def test_layers_may_be_named_like_methods() -> None:
     torch.testing.assert_close(of_input.to_dense(), 6 * J.T @ J)
 
 
+def _in_place(m: Any, x: Any) -> Any:
+    y = x.view(x.size(0), -1) + 0.3
+    y += 1
+    y -= F.silu(x)
+    y *= 3
+    y /= 0.7
+    return y.mul_(2)
+
+
 class Free(nn.Module):
     def __init__(self, step: Step) -> None:
         super().__init__()
@@ -596,6 +640,12 @@ STEPS: dict[str, tuple[Step, tuple[int, ...]]] = {
     "logsigmoid": (lambda m, x: F.logsigmoid(x), VECTOR),
     "hardtanh": (lambda m, x: F.hardtanh(x, -0.5, 0.3), VECTOR),
     "hardswish": (lambda m, x: F.hardswish(x), VECTOR),
+    "hardsigmoid": (lambda m, x: F.hardsigmoid(x), VECTOR),
+    "softmax": (lambda m, x: F.softmax(x, 1).softmax(dim=-1), VECTOR),
+    "log softmax": (lambda m, x: torch.log_softmax(F.log_softmax(x, 1), 1), VECTOR),
+    "adaptive max 1d": (lambda m, x: F.adaptive_max_pool1d(x, 6), (3, 2, 9)),
+    "adaptive max 2d": (lambda m, x: F.adaptive_max_pool2d(x, (1, 6)), (3, 2, 3, 9)),
+    "adaptive max 3d": (lambda m, x: F.adaptive_max_pool3d(x, 6), (2, 1, 7, 7, 7)),
     "max 1d": (lambda m, x: F.max_pool1d(x, 1, 2, ceil_mode=True), (3, 2, 12)),
     "max 2d": (
         lambda m, x: F.max_pool2d(x, (2, 1), (2, 1), 0, dilation=1),
@@ -628,6 +678,43 @@ STEPS: dict[str, tuple[Step, tuple[int, ...]]] = {
     "sum": (lambda m, x: x.tanh() + x, VECTOR),
     "sum in place": (lambda m, x: F.silu(x).add_(x), VECTOR),
     "sum method": (lambda m, x: x.add(x.sigmoid()), VECTOR),
+    "squeezed everywhere": (lambda m, x: torch.squeeze(x), (3, 1, 6, 1)),
+    "scaled branch": (lambda m, x: x + 0.3 * F.silu(x), VECTOR),
+    "scaled shortcut": (lambda m, x: x.mul(0.3) + x.tanh() / 7, VECTOR),
+    "scaled sum": (lambda m, x: torch.add(x, x.tanh(), alpha=2), VECTOR),
+    "difference": (lambda m, x: x - x.tanh(), VECTOR),
+    "difference of branches": (lambda m, x: x.sigmoid() - x.tanh(), VECTOR),
+    "difference with identity": (lambda m, x: x.tanh().sub(x, alpha=0.5), VECTOR),
+    "difference in place": (lambda m, x: F.silu(x).sub_(x), VECTOR),
+    "difference of nothing": (lambda m, x: x.tanh() + (x - x), VECTOR),
+    "scaled": (lambda m, x: 2 * x / 3 * 0.7, VECTOR),
+    "scaled by methods": (lambda m, x: x.mul(2).div(3).neg(), VECTOR),
+    "scaled by functions": (lambda m, x: -torch.neg(torch.div(x * 2, 3)), VECTOR),
+    "shifted": (lambda m, x: 1 - (x + 2) - 0.5, VECTOR),
+    "shifted by functions": (lambda m, x: torch.sub(x.add(1), 3), VECTOR),
+    "in place arithmetic": (_in_place, VECTOR),
+    "squeezed": (lambda m, x: x.squeeze(-1), (3, 6, 1)),
+    "unsqueezed": (lambda m, x: x.unsqueeze(1).tanh().squeeze(1), VECTOR),
+    "unflattened": (lambda m, x: x.unflatten(1, (2, 6)), (3, 12)),
+    "flatten from the end": (lambda m, x: x.flatten(-2), (3, 2, 3)),
+    "contiguous": (lambda m, x: x.permute(0, 2, 1).contiguous(), (3, 6, 2)),
+    "mean": (lambda m, x: x.mean((2, 3)), (3, 6, 2, 3)),
+    "mean kept": (lambda m, x: x.mean(dim=[1], keepdim=True), (3, 2, 6)),
+    "mean function": (lambda m, x: torch.mean(x, -1), (3, 6, 2)),
+    "sum over a dimension": (lambda m, x: torch.sum(x.sum(1), dim=(1,)), (3, 2, 2, 6)),
+    "permute": (lambda m, x: torch.permute(x, (0, 3, 1, 2)), (3, 2, 6, 3)),
+    "transpose": (lambda m, x: x.transpose(1, -1), (3, 6, 2)),
+    "movedim": (lambda m, x: torch.movedim(x, 1, -1), (3, 6, 2)),
+    "pad": (lambda m, x: F.pad(x, (1, 2)), (3, 3)),
+    "pad by a constant": (lambda m, x: F.pad(x, (1, 2), value=0.7), (3, 3)),
+    "pad by reflection": (lambda m, x: F.pad(x, (1, 2), "reflect"), (3, 2, 3)),
+    "interpolate": (lambda m, x: F.interpolate(x, scale_factor=2), (3, 1, 3)),
+    "interpolate bilinear": (
+        lambda m, x: F.interpolate(x, (5, 6), mode="bilinear", align_corners=True),
+        (3, 1, 3, 3),
+    ),
+    "pixel shuffle": (lambda m, x: F.pixel_shuffle(x, 2), (3, 4, 2, 3)),
+    "pixel unshuffle": (lambda m, x: F.pixel_unshuffle(x, 2), (3, 1, 4, 12)),
 }
 # Before torch 2.9, its functions take no size that torch.fx has only a name for.
 SIZES_PASS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
@@ -666,18 +753,49 @@ def _shared(m: Any, x: Any) -> Any:
     return h + (h.sigmoid() + x)
 
 
+def _changed(change: Callable[[Any], Any]) -> Step:
+    """It uses a value, and then, by another name, changes it."""
+
+    def step(m: Any, x: Any) -> Any:
+        h = x.tanh()
+        y = h.sigmoid()
+        change(h.unsqueeze(1).squeeze(1))
+        return h + y
+
+    return step
+
+
 REFUSED: dict[str, tuple[Step, str]] = {
     "function": (lambda m, x: torch.cat([x, x]), r"know torch\.cat in the forward"),
     "method": (lambda m, x: x.mean(), r"know Tensor\.mean in the forward"),
-    "functional": (lambda m, x: F.softmax(x, 1), r"know F\.softmax in"),
-    "operator": (lambda m, x: 2 * x, r"know operator\.mul in"),
+    "mean of all": (lambda m, x: torch.mean(x, dim=None), r"know torch\.mean in the"),
+    "sum of all": (lambda m, x: x.sum(), r"know Tensor\.sum in the forward"),
+    "functional": (lambda m, x: F.softmin(x, 1), r"know F\.softmin in"),
+    "operator": (lambda m, x: x**2, r"know operator\.pow in"),
     "weights": (lambda m, x: F.linear(x, m.fc.weight), r"know F\.linear in"),
     "parameter": (lambda m, x: x + m.fc.bias, r"know self\.fc\.bias in"),
+    "parameter first": (lambda m, x: m.fc.bias * x, r"know self\.fc\.bias in"),
+    "parameter last": (lambda m, x: x * m.fc.bias, r"know self\.fc\.bias in"),
     "index": (lambda m, x: x[:, 0], r"know operator\.getitem in"),
-    "constant": (lambda m, x: x + 1, r"operator\.add has other arguments than two"),
-    "scaled sum": (
-        lambda m, x: torch.add(x, x, alpha=2),
-        r"torch\.add has other arguments than two",
+    "product": (lambda m, x: x * x.tanh(), r"operator\.mul has other arguments than"),
+    "square": (lambda m, x: x * x, r"operator\.mul has other arguments than"),
+    "inverse": (lambda m, x: 1 / x, r"know operator\.truediv in"),
+    "rounded": (
+        lambda m, x: x.div(2, rounding_mode="floor"),
+        r"know Tensor\.div in the forward",
+    ),
+    "option": (
+        lambda m, x: F.softmax(x, 1, dtype=torch.float32),
+        r"F\.softmax has other options",
+    ),
+    "sum with options": (
+        lambda m, x: torch.add(x, x, out=x),
+        r"torch\.add has other arguments than a value and options, or the two",
+    ),
+    "changed": (_changed(lambda h: h.mul_(2)), r"Tensor\.mul_ overwrites what is used"),
+    "changed in place": (
+        _changed(lambda h: operator.isub(h, 1)),
+        r"operator\.isub overwrites what is used elsewhere",
     ),
     "decision": (_decide, "cannot be followed without data: it decides"),
     "made inside": (lambda m, x: nn.ReLU()(x), "cannot be followed without data"),
@@ -716,10 +834,10 @@ def test_refused_forwards(name: str) -> None:
     step, message = REFUSED[name]
     model = nn.Sequential(nn.Sequential(Free(step)))
     before = {module: vars(module).copy() for module in model.modules()}
-    match = rf"(?s){message}.*Supported are nn\.Linear.*F\.relu"
-    with pytest.raises(TypeError, match=match) as info:
+    with pytest.raises(TypeError, match=rf"(?s){message}.*{WAY_OUT}") as info:
         hbp.convert(model)
     assert r"the forward of 0.0 (Free)" in str(info.value)
+    assert len(str(info.value).splitlines()) == 3
     assert {module: vars(module) for module in model.modules()} == before
 
 
@@ -768,6 +886,43 @@ def test_a_view_that_changes_the_number_of_samples_is_refused_as_it_runs() -> No
     with pytest.raises(ValueError, match=message):
         twin(randn(2, 12))
     assert str(HBPReshape(None, 2, -1)) == "HBPReshape(N, 2, -1)"
+
+
+class Bare(nn.Module):
+    """The step alone, without weights."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(self, x)
+
+
+OF_FEATURES = list(STEPS)[list(STEPS).index("scaled branch") :]
+
+
+@pytest.mark.parametrize("name", ["softmax", "log softmax", *OF_FEATURES])
+def test_curvature_of_steps(name: str) -> None:
+    """The judge differentiates the layers one by one: see that they are the step."""
+    step, (_, *shape) = STEPS[name]
+    x, model = randn(2, *shape), Bare(step)
+    chain = hbp.convert(model)._chain
+    # One multiplication and addition for the two of a scaled sum.
+    close(chain(x), model(x), rtol=1e-15, atol=1e-15)
+    check_layer(chain, x)
+
+
+def test_samples_that_a_step_mixes_are_refused_in_the_pass() -> None:
+    for step, shape in [
+        (lambda m, x: x.transpose(0, 1), (6, 6)),
+        (lambda m, x: x.mean(0, keepdim=True), (1, 6)),
+    ]:
+        twin = hbp.convert(Free(step).double())
+        outputs = twin(randn(*shape).requires_grad_())
+        outputs.sum().backward()
+        with pytest.raises(ValueError, match="does not keep the samples apart"):
+            twin.backward_hessian(torch.eye(6).double(), True)
 
 
 def test_inserted_layers_take_no_name_that_is_there() -> None:

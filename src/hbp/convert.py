@@ -11,6 +11,7 @@ import copy
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from hbp.core.containers import HBPResidual, HBPSequential
 from hbp.core.jacobians import Jacobian
 from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import SymmetricOperator
+from hbp.layers.functions import HBPCall, HBPRearrangement
 from hbp.layers.shape import HBPReshape
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,7 +47,7 @@ def convert(model: nn.Module) -> HBPModule:
 
     Raises:
         TypeError: a layer or function is not supported, or ``forward`` does something
-            else than the above; the message names it and lists what is supported.
+            else than the above; the message names it, and the way out.
             Subclasses of layers are not: they may compute something else.
         ValueError: a layer has forward or backward hooks, which would be lost;
             a parameter or buffer is tied, used twice or not at all.
@@ -67,10 +69,6 @@ _LAYERS: dict[type[nn.Module], type[HBPModule]] = {
 }
 
 
-def _flatten(start_dim: int = 0, end_dim: int = -1) -> HBPModule:
-    return layers.HBPFlatten(start_dim, end_dim)
-
-
 # Functions, and methods of tensors by name: what makes an HBP layer of the arguments
 # after the first, which is the tensor. Several are the same for torch.fx. A layer
 # without weights takes the arguments of F's function of the same name, by their names.
@@ -85,15 +83,38 @@ _FUNCTIONS: dict[Any, Callable[..., HBPModule]] = {
     # F.relu_ works in place, and F._max_pool1d is torch's own.
     if name == name.strip("_") and name.replace("_", "") in _WITHOUT_WEIGHTS
 }
-for _name in ("relu", "sigmoid", "tanh"):
+for _name in ("relu", "sigmoid", "tanh", "softmax", "log_softmax"):
     _FUNCTIONS[getattr(torch, _name)] = _FUNCTIONS[getattr(F, _name)]
     _FUNCTIONS[_name] = _FUNCTIONS[getattr(F, _name)]
-_FUNCTIONS |= {torch.flatten: _flatten, "flatten": _flatten}
 _RESHAPES = (torch.reshape, "reshape", "view")
-_IN_PLACE_SUMS = (operator.iadd, "add_")
-_SUMS = (operator.add, torch.add, "add", *_IN_PLACE_SUMS)
-_STEPS = (*_FUNCTIONS, *_RESHAPES, *_SUMS)
+# What is affine in a tensor, by the function that a layer calls. Moves leave the
+# features of each sample in their order.
+_MOVES = ("flatten", "squeeze", "unsqueeze", "unflatten", "contiguous", "clone")
+_TURNS = ("permute", "transpose", "movedim")
+_REDUCTIONS = (torch.mean, torch.sum, "mean", "sum")
+_CALLS: dict[Any, Any] = {f: f for f in (F.pad, F.interpolate, operator.neg)}
+for _name in ("mean", "sum", "neg", *_TURNS, *_MOVES):
+    _names = _name, getattr(torch, _name, _name)
+    _CALLS |= dict.fromkeys(_names, getattr(Tensor, _name))
+_VIEWS = [name for name, f in _CALLS.items() if f.__name__ in _MOVES + _TURNS]
+_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
+_SUB = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
+_MUL = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_DIV = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
+_CALLS |= {name: names[0] for names in (_ADD, _SUB, _MUL, _DIV) for name in names}
+_IN_PLACE = [name for names in (_ADD, _SUB, _MUL, _DIV) for name in names[1::3]]
+# The same with the tensor last, as in 1 - x.
+_REVERSED: dict[Any, Any] = {operator.add: operator.add, operator.mul: operator.mul}
+_REVERSED |= {operator.sub: torch.rsub, operator.truediv: None}
+_SUMS = _ADD + _SUB
+_STEPS = (*_FUNCTIONS, *_RESHAPES, *_CALLS)
 _SHAPES = (getattr, operator.getitem, "size")
+
+_WAY_OUT = (
+    "What it knows is on the page Curvature for a model you have.\n"
+    "For the rest put a layer of your own into the model, such as "
+    "class HBPMine(GeneralRule, Mine) for a module Mine: see the page Write a layer."
+)
 
 
 class Converted(HBPModule):
@@ -194,11 +215,14 @@ def _copied(module: nn.Module, kind: type[M]) -> M:
 
 # Some releases of torch ship no types for fx.Proxy: a base class of type Any.
 class _Proxy(fx.Proxy):  # type: ignore[no-any-unimported, misc, unused-ignore]
-    """What stands for a tensor; torch.fx itself takes ``+=`` for ``+``."""
+    """What stands for a tensor; torch.fx itself takes ``+=`` for ``+``, and so on."""
 
-    def __iadd__(self, other: Any) -> Any:
-        step = "call_function", operator.iadd
-        return self.tracer.create_proxy(*step, (self, other), {})
+    def _in_place(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _way in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_Proxy, f"__{_way.__name__}__", partialmethod(_Proxy._in_place, _way))
 
 
 class _Tracer(fx.Tracer):
@@ -286,24 +310,33 @@ class _Reading:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The values that a step takes: one, or the two of a sum."""
-        if node.op != "call_module" and node.target not in _STEPS:
+        called = _called(node)
+        if called is not None and called not in _STEPS:
             raise _unsupported(f"{_described(node)} in {self._where}")
-        count = 2 if _called(node) in _SUMS else 1
-        operands = [value for value in node.args[:count] if isinstance(value, fx.Node)]
-        others = (node.args[count:], node.kwargs)
-        if len(operands) < count or (count == 2 and any(others)):
-            raise self._error(
-                f"{_described(node)} has other arguments than "
-                f"{'two values' if count == 2 else 'a value and options'}"
-            )
+        most = 2 if called in _SUMS else len(node.args) if called in _CALLS else 1
+        operands = [value for value in node.args[:most] if isinstance(value, fx.Node)]
         for value in operands:
             self._require_value(value)
-        if _called(node) in _IN_PLACE_SUMS and len(operands[0].users) > 1:
+        is_sum = len(operands) == 2 and called in _SUMS
+        others = is_sum and (node.args[2:] or node.kwargs.keys() - {"alpha"})
+        if others or not (is_sum or len(operands) == 1):
             raise self._error(
-                f"{_described(node)} overwrites what is used elsewhere, too; write "
-                "x + y"
+                f"{_described(node)} has other arguments than a value and options, or "
+                "the two values of a sum or difference"
+            )
+        if called in _IN_PLACE and self._is_used_elsewhere(operands[0]):
+            raise self._error(
+                f"{_described(node)} overwrites what is used elsewhere, too; write it "
+                "out of place, as x + y"
             )
         return operands
+
+    def _is_used_elsewhere(self, value: fx.Node) -> bool:
+        """Whether something else reads a value, or that of which it may be a view."""
+        if sum(_called(user) not in _SHAPES for user in value.users) > 1:
+            return True
+        is_view = _called(value) in (*_RESHAPES, *_IN_PLACE, *_VIEWS)
+        return is_view and any(map(self._is_used_elsewhere, self._operands(value)))
 
     def _require_value(self, node: fx.Node) -> None:
         if node.op != "placeholder" and node not in self._before:
@@ -326,7 +359,7 @@ class _Reading:
                     "not as x + branch(x) or shortcut(x) + branch(x)"
                 )
             self._read.add(end)
-            read = self._residual if _called(end) in _SUMS else self._step
+            read = self._step if len(self._operands(end)) == 1 else self._residual
             steps.append(read(end))
             end = self._before[end]
         return [step for step in reversed(steps) if not _is_empty(step)]
@@ -334,8 +367,13 @@ class _Reading:
     def _residual(self, node: fx.Node) -> HBPModule:
         # Random layers draw in the order of forward, and a branch comes first.
         order = list(self._graph.nodes)
-        ends = sorted(self._operands(node), key=order.index)
-        paths = [self._steps(end, self._before[node]) for end in ends]
+        first, second = self._operands(node)
+        alpha: Any = node.kwargs.get("alpha", 1)
+        self._require_constant(node, alpha)
+        factor = -alpha if node.target in _SUB else alpha
+        scale: list[HBPModule] = [] if factor == 1 else [HBPCall(operator.mul, factor)]
+        ends = sorted([(first, []), (second, scale)], key=lambda e: order.index(e[0]))
+        paths = [self._steps(end, self._before[node]) + last for end, last in ends]
         # A path without layers is the identity.
         branch, *shortcut = [path for path in paths if path] or [[]]
         return HBPResidual(
@@ -349,14 +387,31 @@ class _Reading:
             twin = HBPReshape(*self._shape(node))
             twin.training = self._module.training
         else:
-            sizes, options = node.args[1:], node.kwargs
-            self._require_constant(node, (sizes, options))
-            # _trace has seen that training follows the module; stride=[] is no stride.
-            options = {k: v for k, v in options.items() if k != "training" and v != []}
-            twin = _FUNCTIONS[node.target](*sizes, **options)
+            twin = self._function(node)
             twin.training = self._module.training
         self._made[node] = twin
         return twin
+
+    def _function(self, node: fx.Node) -> HBPModule:
+        (value,), options, target = self._operands(node), node.kwargs, node.target
+        args = [arg for arg in node.args if arg is not value]
+        self._require_constant(node, (args, options))
+        if function := _CALLS.get(target):
+            mixes = target in _REDUCTIONS and not args and options.get("dim") is None
+            bends = bool(options) and function in _REVERSED
+            if node.args[0] is not value:
+                function = _REVERSED.get(function)
+            if mixes or bends or not function:
+                raise _unsupported(f"{_described(node)} in {self._where}")
+            kind = HBPRearrangement if function.__name__ in _MOVES else HBPCall
+            return kind(function, *args, **options)
+        # _trace has seen that training follows the module; None and [] are no options.
+        names = [k for k, v in options.items() if v is not None and v != []]
+        given = {k: options[k] for k in names if k not in ("training", "_stacklevel")}
+        try:
+            return _FUNCTIONS[target](*args, **given)
+        except TypeError as error:
+            raise self._error(f"{_described(node)} has other options") from error
 
     def _child(self, node: fx.Node) -> HBPModule:
         name = str(node.target)
@@ -407,8 +462,7 @@ class _Reading:
 
     def _error(self, what: str) -> TypeError:
         return TypeError(
-            f"convert() cannot turn {self._where} into HBP layers: {what}. "
-            f"{_supported()}"
+            f"convert() cannot turn {self._where} into HBP layers: {what}.\n{_WAY_OUT}"
         )
 
 
@@ -491,16 +545,7 @@ def _refuse_changed(module: nn.Module, path: str) -> None:
 
 
 def _unsupported(what: str) -> TypeError:
-    return TypeError(f"convert() does not know {what}. {_supported()}")
-
-
-def _supported() -> str:
-    layers = ", ".join(f"nn.{kind.__name__}" for kind in _LAYERS)
-    functions = dict.fromkeys(map(_function_name, _STEPS))
-    return (
-        f"Supported are {layers}, nn.Sequential and HBP layers, and modules whose "
-        f"forward chains these and {', '.join(functions)}."
-    )
+    return TypeError(f"convert() does not know {what}.\n{_WAY_OUT}")
 
 
 def _described(node: fx.Node) -> str:

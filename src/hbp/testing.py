@@ -23,7 +23,7 @@ from hbp.core.layers.shape import HBPFlatten
 from hbp.core.losses import per_sample_hessian
 from hbp.core.module import HBPModule
 from hbp.core.operators import SymmetricOperator
-from hbp.layers.activations import HBPElementwise
+from hbp.layers.functions import HBPElementwise
 
 TREATMENTS: Final = ("none", "zero", "abs", "clip")
 SCHEMES: Final = ((True, True), (True, False), (False, True), (False, False))
@@ -156,7 +156,7 @@ class _Check:
         self._hessians = per_sample_hessian(loss, logits)
         loss.backward()
         # A pass would refuse them; a finding says more.
-        ruled = {p for _, module in _hbp_modules(layer) for p in _ruled(module)}
+        ruled = {p for _, m in _hbp_modules(layer) for p, _ in m.parameter_jacobians()}
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter in ruled)
 
@@ -311,11 +311,6 @@ def _jacobians(layer: HBPModule) -> Iterator[tuple[str, Jacobian]]:
 def _hbp_modules(layer: HBPModule) -> list[tuple[str, HBPModule]]:
     """The layer and those inside it, by name."""
     return [(n, m) for n, m in layer.named_modules() if isinstance(m, HBPModule)]
-
-
-def _ruled(module: HBPModule) -> list[Tensor]:
-    """The parameters for which a layer has a rule."""
-    return [parameter for parameter, _ in module.parameter_jacobians()]
 
 
 def _is_empty(J: Jacobian) -> bool:

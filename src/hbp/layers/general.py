@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jacrev, vjp, vmap
 
 from hbp.core import settings
 from hbp.core.jacobians import Bilinear, Function, Jacobian
+from hbp.core.layers.shape import LinearRule
 from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import SampleBlocks, SymmetricOperator, Watched
 
@@ -40,7 +41,29 @@ class Dense(Jacobian):
         return (parts @ turn(self.data)).transpose(0, 1).flatten(1)
 
 
-class BilinearRule(HBPModule):
+class AffineRule(LinearRule):
+    """z = Πx + c, the same Π and c for every sample; autograd parts the two.
+
+    [Rule][eq-selection]: H_x = Πᵀ H_z Π, and there is no second-order term.
+    """
+
+    def jacobian(self) -> Jacobian:
+        before, after = self.last_record.input_shape, self.last_record.output_shape
+        push, pull = _linear_part(super().forward)
+
+        def transpose(u: Tensor) -> Tensor:
+            return pull(u, u.new_zeros(len(u), *before[1:]))
+
+        shapes = before[1:], after[1:], before[0]
+        return Function(push, *shapes, transpose, self._watched())
+
+    def _watched(self, but: Tensor | None = None) -> list[Watched]:
+        """What a product reads of the layer."""
+        own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        return [Watched(value, "A weight") for value in own if value is not but]
+
+
+class BilinearRule(AffineRule):
     """z = f(x, θ₁, θ₂, …), linear in x and in each of the layer's own parameters.
 
     Rules, with both Jacobians by automatic differentiation, never formed:
@@ -57,16 +80,6 @@ class BilinearRule(HBPModule):
     def forward(self, input: Tensor) -> Tensor:
         """z = f(x, θ), [N, ...] → [N, ...]."""
         return self.record(input, super().forward(input), keep=input)
-
-    def jacobian(self) -> Jacobian:
-        before, after = self.last_record.input_shape, self.last_record.output_shape
-        push, pull = _linear_part(super().forward)
-
-        def transpose(u: Tensor) -> Tensor:
-            return pull(u, u.new_zeros(len(u), *before[1:]))
-
-        shapes = before[1:], after[1:], before[0]
-        return Function(push, *shapes, transpose, self._watched())
 
     def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
         x, z = self.last_record.kept, self.last_record.output_shape
@@ -86,18 +99,13 @@ class BilinearRule(HBPModule):
     def check_record(self) -> None:
         super().check_record()
         inside = [name for name, _ in self.named_parameters() if "." in name]
-        computed = [name for name, value in vars(self).items() if _is_computed(value)]
-        if computed:
-            raise TypeError(
-                f"{computed[0]} of {type(self).__name__} is computed from parameters "
-                "before each forward pass, as by pruning, and a BilinearRule cannot "
-                "vary them. Undo it, by prune.remove() say."
-            )
+        inside += [n for n, v in vars(self).items() if getattr(v, "grad_fn", None)]
         if inside:
             raise TypeError(
                 f"BilinearRule varies a layer's own parameters, but {inside[0]} of "
-                f"{type(self).__name__} belongs to a module inside it. Register it on "
-                "the layer, or build the layer as an HBPSequential."
+                f"{type(self).__name__} belongs to a module inside it, or is computed "
+                "from them as by pruning. Register it on the layer, or build the layer "
+                "as an HBPSequential; undo pruning by prune.remove()."
             )
 
     def _push(self, name: str, x: Tensor, v: Tensor) -> Tensor:
@@ -117,15 +125,6 @@ class BilinearRule(HBPModule):
             return super().forward(x)
         finally:
             parameters[name] = own
-
-    def _watched(self, but: Tensor | None = None) -> list[Watched]:
-        """What a product reads of the layer."""
-        own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
-        return [Watched(value, "A weight") for value in own if value is not but]
-
-
-def _is_computed(value: object) -> bool:
-    return isinstance(value, Tensor) and not value.is_leaf
 
 
 def _linear_part(
@@ -202,3 +201,27 @@ class GeneralRule(HBPModule):
                 f"{before[1:].numel()} features, {size / 2**30:.1f} GiB. Use a smaller "
                 "batch, or raise the limit by hbp.set_dense_limit()."
             )
+
+
+class SoftmaxRule(GeneralRule):
+    """A softmax, or the logarithm of one, within each sample."""
+
+    dim: int | None
+
+    def check_record(self) -> None:
+        super().check_record()
+        count = len(self.last_record.input_shape)
+        # Where dim is None, torch takes 0 for three dimensions, else 1.
+        if (int(count != 3) if self.dim is None else self.dim) % count == 0:
+            raise ValueError(
+                f"{self} goes over the samples of an input of {count} dimensions, so "
+                "that they depend on each other. Give it another dim."
+            )
+
+
+class HBPSoftmax(SoftmaxRule, nn.Softmax):
+    """``torch.nn.Softmax`` that sends curvature backward."""
+
+
+class HBPLogSoftmax(SoftmaxRule, nn.LogSoftmax):
+    """``torch.nn.LogSoftmax`` that sends curvature backward."""

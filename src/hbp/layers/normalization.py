@@ -1,14 +1,19 @@
-"""Normalisation: by recorded statistics, a scaling; by a sample's own, by autograd."""
+"""Layers that scale features by parameters.
+
+Normalisation by recorded statistics is a scaling; by a sample's own, autograd finds the
+rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbp.core.jacobians import Bias, Chain, Diagonal, Jacobian, Spread
+from hbp.core.layers.elementwise import ElementwiseRule
 from hbp.core.module import HBPModule
 from hbp.layers.general import GeneralRule
 
@@ -84,24 +89,72 @@ class HBPBatchNorm3d(BatchNormRule, nn.BatchNorm3d):
     """``torch.nn.BatchNorm3d`` in eval mode that sends curvature backward."""
 
 
-class HBPLayerNorm(GeneralRule, nn.LayerNorm):
-    """``torch.nn.LayerNorm``, z = γ x̂ + β, that sends curvature backward.
+class OwnStatisticsRule(GeneralRule):
+    """z = γ x̂ + β, where x̂ is normed by statistics of the sample itself.
 
-    The features of a sample depend on each other through its mean and deviation, so
+    The features of a sample depend on each other through its statistics, so
     [the Jacobian and the second-order term][eq-layer-norm] w.r.t. x are dense. W.r.t. γ
     and β
 
-        H_γ = BᵀH_z B, B = diag(x̂) over the normalised groups        H_β = H_z, summed
+        H_γ = BᵀH_z B, B = diag(x̂) spread        H_β = H_z, summed
+
+    Attributes:
+        spread: How γ fills a sample.
     """
 
     schemes = ("average_input_jacobian", "average_parameter_jacobian")
+    spread: type[Jacobian] = Spread
+    weight: Any
+    bias: Any
+
+    def normed(self, x: Tensor) -> Tensor:
+        """x̂, [N, ...]."""
+        raise NotImplementedError
 
     def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
         if self.weight is None:
             return
         x = self.last_record.kept
-        normed = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        spread = Spread(self.weight.shape, x.shape[1:], len(x))
-        yield self.weight, Chain([spread, Diagonal(normed)])
-        if self.bias is not None:
+        spread = self.spread(self.weight.shape, x.shape[1:], len(x))
+        yield self.weight, Chain([spread, Diagonal(self.normed(x))])
+        if getattr(self, "bias", None) is not None:
             yield self.bias, spread
+
+
+class HBPLayerNorm(OwnStatisticsRule, nn.LayerNorm):
+    """``torch.nn.LayerNorm`` that sends curvature backward."""
+
+    def normed(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps)
+
+
+class HBPRMSNorm(OwnStatisticsRule, nn.RMSNorm):
+    """``torch.nn.RMSNorm`` that sends curvature backward."""
+
+    def normed(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, eps=self.eps)
+
+
+class HBPGroupNorm(OwnStatisticsRule, nn.GroupNorm):
+    """``torch.nn.GroupNorm`` that sends curvature backward."""
+
+    spread = Bias
+
+    def normed(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, eps=self.eps)
+
+
+class HBPPReLU(ElementwiseRule, nn.PReLU):
+    """``torch.nn.PReLU``, z = max(x, 0) + a min(x, 0), that sends curvature backward.
+
+    It is linear in a, one number for all features or one for each channel:
+
+        H_a = BᵀH_z B, B = diag(min(x, 0)) spread
+    """
+
+    schemes: Sequence[str] = ("average_input_jacobian", "average_parameter_jacobian")
+
+    def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
+        x = self.last_record.kept
+        spread = Bias(self.weight.shape, x.shape[1:], len(x))
+        yield self.weight, Chain([spread, Diagonal(x.clamp(max=0))])

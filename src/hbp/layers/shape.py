@@ -1,10 +1,10 @@
-"""Padding, and reshaping as ``convert`` finds it in a ``forward``."""
+"""Reshaping, as ``convert`` finds it in a ``forward``."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hbp.core.layers.shape import LinearRule, RearrangementRule
+from hbp.core.layers.shape import RearrangementRule
 
 
 class _Reshape(nn.Module):
@@ -36,15 +36,3 @@ class HBPReshape(RearrangementRule, _Reshape):
         shape: The new shape; ``None`` stands for the number of samples, and is first,
             or -1 is.
     """
-
-
-class HBPZeroPad1d(LinearRule, nn.ZeroPad1d):
-    """``torch.nn.ZeroPad1d`` that sends curvature backward."""
-
-
-class HBPZeroPad2d(LinearRule, nn.ZeroPad2d):
-    """``torch.nn.ZeroPad2d`` that sends curvature backward."""
-
-
-class HBPZeroPad3d(LinearRule, nn.ZeroPad3d):
-    """``torch.nn.ZeroPad3d`` that sends curvature backward."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,30 +12,26 @@ from hbp.core.layers.convolution import Convolution, ConvolutionRule
 class TransposedRule(ConvolutionRule):
     """z = W ∗ x + b, a transposed convolution; ``output_size`` may differ by call."""
 
-    def forward(
-        self, input: Tensor, output_size: Sequence[int] | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """z = W ∗ x + b, [N, C, ...] → [N, out, ...], of ``output_size`` if given.
 
         Raises:
             ValueError: no output padding of that layer gives this size.
         """
-        options = () if output_size is None else (output_size,)
-        output = super(ConvolutionRule, self).forward(input, *options)
+        output = super(ConvolutionRule, self).forward(input, output_size)
         return self.record(input, output, keep=input)
 
     def convolution(self: Any) -> Convolution:
         """That of the layer, with the output padding of the latest forward pass."""
         found = super().convolution()
-        stride, padding, dilation, transposed, _, groups = found.options
+        stride, padding, dilation = found.options[:3]
         before, after = self.last_record.input_shape, self.last_record.output_shape
         each = stride, padding, dilation, self.kernel_size, before[2:], after[2:]
         extra = tuple(
             z - ((x - 1) * s - 2 * p + d * (k - 1) + 1)
             for s, p, d, k, x, z in zip(*each, strict=True)
         )
-        options = stride, padding, dilation, transposed, extra, groups
-        return found._replace(options=options)
+        return found._replace(options=(*found.options[:4], extra, found.options[5]))
 
 
 class HBPConvTranspose1d(TransposedRule, nn.ConvTranspose1d):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ class ElementwiseRule(HBPModule):
             that x need not be kept, or in terms of x.
     """
 
-    schemes = ("average_input_jacobian",)
+    schemes: Sequence[str] = ("average_input_jacobian",)
     derivatives_from_output: bool = False
 
     def forward(self, input: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +51,11 @@ class MaxPoolRule(HBPModule):
             raise ValueError(
                 f"{self} has return_indices=True, but the layers above take one tensor."
             )
-        output = super().forward(input)
-        return self.record(input, output, keep=input, with_gradient=False)
+        return self.record(input, super().forward(input), input, with_gradient=False)
 
     def jacobian(self) -> Jacobian:
         x, z = self.last_record.kept, self.last_record.output_shape
-        pools = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
-        pool: Callable[..., tuple[Tensor, Tensor]] = pools[x.dim()]
-        options = self.kernel_size, self.stride, self.padding, self.dilation
-        _, index = pool(x, *options, self.ceil_mode, return_indices=True)
+        index = self.pooled(x)[1]
         channels, plane = x.shape[1], x.shape[2:].numel()
         starts = torch.arange(channels, device=x.device)[:, None] * plane
         windows = self._windows(x.shape[2:], z[2:], x.device)
@@ -78,19 +73,29 @@ class MaxPoolRule(HBPModule):
         Positions count through a plane of x, as the indices of torch's pooling do.
         """
         grid = torch.arange(sizes.numel(), device=device).view(sizes)
-        options = self.kernel_size, self.stride, self.padding, self.dilation
         for d, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-            kernel, stride, padding, dilation = (_of_dimension(o, d) for o in options)
-            first = torch.arange(count, device=device) * stride - padding
-            at = first[:, None] + torch.arange(kernel, device=device) * dilation
+            at = self.reach(d, size, torch.arange(count, device=device))
             # Dimension d becomes [count, kernel]; the kernel goes to the end.
             grid = grid.movedim(d, -1)[..., at.clamp(0, size - 1)]
             grid = grid.masked_fill((at < 0) | (at >= size), -1).movedim(-2, d)
         return grid.flatten(len(sizes)).flatten(0, len(sizes) - 1)
 
+    def pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z, and the positions of its maxima, [N, C, ...]."""
+        pools: dict[int, Any] = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
+        options = self.kernel_size, self.stride, self.padding, self.dilation
+        return pools[x.dim()](x, *options, self.ceil_mode, return_indices=True)
 
-def _of_dimension(option: int | Sequence[int], d: int) -> int:
-    return option if isinstance(option, int) else option[d]
+    def reach(self, d: int, size: int, places: Tensor) -> Tensor:
+        """What the windows of these places see of dimension d, [places, kernel].
+
+        Whatever is not in 0, …, size - 1 is padding.
+        """
+        options = self.kernel_size, self.stride, self.padding, self.dilation
+        own = (o if isinstance(o, int) else o[d] for o in options)
+        kernel, stride, padding, dilation = own
+        first = (places * stride - padding)[:, None]
+        return first + torch.arange(kernel, device=places.device) * dilation
 
 
 class HBPMaxPool1d(MaxPoolRule, nn.MaxPool1d):

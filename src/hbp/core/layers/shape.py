@@ -22,8 +22,7 @@ class LinearRule(HBPModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """z = Πx, [N, ...] → [N, ...]."""
-        output = super().forward(input)
-        return self.record(input, output, keep=None, with_gradient=False)
+        return self.record(input, super().forward(input), None, with_gradient=False)
 
     def jacobian(self) -> Jacobian:
         before, after = self.last_record.input_shape, self.last_record.output_shape

@@ -1,0 +1,116 @@
+"""Layers made of a function: of one that is elementwise, or affine in each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hbp.core.layers.elementwise import ElementwiseRule
+from hbp.core.layers.shape import RearrangementRule
+from hbp.layers.general import AffineRule
+
+Function = Callable[[Tensor], Tensor]
+
+
+class _Call(nn.Module):
+    """z from a plain function."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any, **options: Any):
+        super().__init__()
+        self.function, self.args, self.options = function, args, options
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input, *self.args, **self.options)
+
+    def extra_repr(self) -> str:
+        return f"{self.function.__name__}, {self.args}, {self.options}"
+
+
+class HBPElementwise(ElementwiseRule, _Call):
+    """Any smooth function of one number, applied to every feature.
+
+    Args:
+        function: φ, [N, ...] → [N, ...], entry by entry (not softmax, say).
+        first: φ', or ``None`` for automatic differentiation.
+        second: φ'', or ``None`` for automatic differentiation.
+
+    To copy or pickle the layer, give it functions that can be.
+
+    Examples:
+        >>> import torch
+        >>> from hbp import HBPElementwise
+        >>> layer = HBPElementwise(torch.nn.functional.softplus)
+
+    Raises:
+        TypeError: an argument is not callable.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        first: Function | None = None,
+        second: Function | None = None,
+    ) -> None:
+        named = {"function": function, "first": first, "second": second}
+        for name, value in named.items():
+            if not callable(value) and (value is not None or name == "function"):
+                raise TypeError(f"{name}={value!r} must be a function of a tensor.")
+        super().__init__(function)
+        self.first = first
+        self.second = second
+
+    def forward(self, input: Tensor) -> Tensor:
+        """z = φ(x), [N, ...] → [N, ...].
+
+        Raises:
+            RuntimeError: the function overwrites x, where its derivatives are taken.
+        """
+        version = input._version
+        output = super().forward(input)
+        if input._version != version:
+            raise RuntimeError(
+                f"{self} changes its input in place, but its derivatives need it. Give "
+                "HBPElementwise an out-of-place function."
+            )
+        return output
+
+    def first_derivative(self, x: Tensor) -> Tensor:
+        """φ'(x)."""
+        return self.first(x) if self.first else super().first_derivative(x)
+
+    def second_derivative(self, x: Tensor, first: Tensor) -> Tensor | None:
+        """φ''(x)."""
+        return self.second(x) if self.second else super().second_derivative(x, first)
+
+    def extra_repr(self) -> str:
+        """The function's name and the batch scheme."""
+        name = getattr(self.function, "__name__", repr(self.function))
+        return f"{name}, {super().extra_repr()}"
+
+
+class HBPCall(AffineRule, _Call):
+    """An affine function of each sample, as ``convert`` finds it in a ``forward``.
+
+    Args:
+        function: Of a tensor, and of the further arguments.
+        args: These arguments.
+        options: Those with a name.
+    """
+
+    def check_record(self) -> None:
+        super().check_record()
+        before, after = self.last_record.input_shape, self.last_record.output_shape
+        # One more sample has to make one more output, whatever dimension is moved.
+        more = torch.empty(before[0] + 1, *before[1:], device="meta")
+        if _Call.forward(self, more).shape != (after[0] + 1, *after[1:]):
+            raise ValueError(
+                f"{self} made {list(after)} of {list(before)}, but does not keep the "
+                "samples apart. Dimension 0 has to stay as it is."
+            )
+
+
+class HBPRearrangement(RearrangementRule, HBPCall):
+    """One that leaves the features of each sample in their order."""
