@@ -101,7 +101,6 @@ LAYERS: dict[str, Case] = {
     "call rearranged": (lambda: HBPRearrangement(torch.Tensor.squeeze), (3, 1, 4)),
     "softmax": (lambda: hbp.HBPSoftmax(1), (3, 4)),
     "softmax positions": (lambda: hbp.HBPSoftmax(-1), (3, 2, 3)),
-    "softmax implicit": (lambda: hbp.HBPSoftmax(None), (3, 2, 2, 2)),
     "log softmax": (lambda: hbp.HBPLogSoftmax(1), (3, 4)),
     "prelu": (lambda: hbp.HBPPReLU(init=0.3), (3, 2, 3)),
     "prelu channels": (lambda: scaled(hbp.HBPPReLU(2)), (3, 2, 3)),

@@ -5,6 +5,7 @@ Every parameter gets its curvature, or the Hessian pass refuses the layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -112,7 +113,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "pruned bilinear": (
         lambda: prune.l1_unstructured(BilinearScale(), "weight", 0.5),
-        r"weight of BilinearScale is computed from parameters",
+        r"weight of BilinearScale .*computed before each pass.*prune\.remove",
     ),
 }
 
@@ -295,3 +296,24 @@ def test_a_wrong_choice_changes_nothing() -> None:
     with pytest.raises(TypeError, match="must be True, False or None"):
         layer.set_hbp_approximation(False, "yes")
     assert choices(layer) == [(True, True)]
+
+
+# --------------------------------------------------------------------------------------
+# Softmax, within each sample.
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice:UserWarning")
+@pytest.mark.parametrize("kind", [hbp.HBPSoftmax, hbp.HBPLogSoftmax])
+def test_a_softmax_over_the_samples_is_refused(kind: type[hbp.HBPModule]) -> None:
+    for layer, shape in [
+        (kind(0), (3, 4)),
+        (kind(-2), (3, 4)),
+        (kind(), (3, 2, 4)),  # Where torch takes 0.
+    ]:
+        layer(randn(*shape).requires_grad_()).square().sum().backward()
+        features = math.prod(shape[1:])
+        with pytest.raises(ValueError, match="goes over the samples of an input of"):
+            layer.backward_hessian(torch.eye(features).double(), True)
+    check_layer(kind(), randn(3, 4))
+    check_layer(kind(), randn(2, 2, 2, 2))
