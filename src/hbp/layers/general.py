@@ -104,8 +104,8 @@ class BilinearRule(AffineRule):
             raise TypeError(
                 f"BilinearRule varies a layer's own parameters, but {inside[0]} of "
                 f"{type(self).__name__} belongs to a module inside it, or is computed "
-                "before each pass, as by pruning. Register it on the layer, or build the layer "
-                "as an HBPSequential; undo pruning by prune.remove()."
+                "before each pass, as by pruning. Register it on the layer, or build "
+                "the layer as an HBPSequential; undo pruning by prune.remove()."
             )
 
     def _push(self, name: str, x: Tensor, v: Tensor) -> Tensor:
