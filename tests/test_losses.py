@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from helpers import close, randn
 from torch import Tensor, nn
 
-from hbp import HBPLinear, batch_summed_hessian, output_hessian
+from hbp import (
+    HBPLinear,
+    HBPSigmoid,
+    batch_summed_hessian,
+    output_hessian,
+    per_sample_hessian,
+    set_dense_limit,
+)
+from hbp.core import settings
+from hbp.testing import check_layer
 
 # Two orders of summation of at most 50 numbers below 10; 5e-16 was the largest.
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -240,3 +249,147 @@ def test_samples_without_weight_have_no_hessian() -> None:
     for find in (output_hessian, lambda f, z, y: generic(partial(f, target=y), z)):
         with pytest.raises(ArithmeticError, match=r"(?i)nan"):
             find(ignore, randn(2, 3), torch.tensor([1, 1]))
+
+
+def _softmax_hessians(z: Tensor) -> Tensor:
+    """Of a mean cross-entropy: (diag(p) - ppᵀ)/N of each sample."""
+    p = z.detach().softmax(1)
+    return (p.diag_embed() - p[:, :, None] * p[:, None]) / len(p)
+
+
+def test_anomaly_detection_changes_nothing() -> None:
+    """It reads gradients, and those of a batch of seeds have no numbers to read."""
+    z, y = randn(4, 3).requires_grad_(), torch.tensor([0, 2, 1, 1])
+    expected = _softmax_hessians(z)
+    with torch.autograd.set_detect_anomaly(True):
+        loss = F.cross_entropy(z, y)
+        close(batch_summed_hessian(loss, z), expected.sum(0))
+        close(per_sample_hessian(loss, z), expected)
+        found = output_hessian(nn.SmoothL1Loss(reduction="sum"), z, z.detach() + 0.5)
+        close(found, 4 * torch.eye(3))
+        check_layer(HBPSigmoid(), randn(3, 4))
+        assert torch.is_anomaly_enabled()
+        assert torch.is_anomaly_check_nan_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_every_type_of_labels(dtype: torch.dtype, ignored: int) -> None:
+    """Those that torch's cross-entropy takes. As an index, uint8 would be a mask."""
+    weight = _weights(3)
+    z, y = randn(4, 3).requires_grad_(), torch.tensor([0, 2, 1, 1])
+    loss_func = nn.CrossEntropyLoss(weight, ignore_index=ignored)
+    expected = batch_summed_hessian(loss_func(z, y), z)
+    close(output_hessian(loss_func, z, y.to(dtype)), expected)
+    close(batch_summed_hessian(loss_func(z, y.to(dtype)), z), expected)
+
+
+WIDTHS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("of_outputs", WIDTHS)
+@pytest.mark.parametrize("of_targets", WIDTHS)
+@pytest.mark.parametrize("of_weight", [None, *WIDTHS])
+@pytest.mark.parametrize("loss", ["pos_weight", "weight", "squares", "probabilities"])
+def test_every_mixture_of_types(
+    loss: str,
+    of_outputs: torch.dtype,
+    of_targets: torch.dtype,
+    of_weight: torch.dtype | None,
+) -> None:
+    """The dtype is that of the outputs, or float32, and so are the digits."""
+    weight = None if of_weight is None else torch.tensor([0.5, 1, 2]).to(of_weight)
+    z, t = randn(4, 3).to(of_outputs), torch.rand(4, 3).softmax(1).to(of_targets)
+    wide, narrow = (
+        {
+            "pos_weight": lambda w: nn.BCEWithLogitsLoss(pos_weight=w),
+            "weight": lambda w: nn.BCEWithLogitsLoss(w),
+            "squares": lambda w: nn.MSELoss(),
+            "probabilities": lambda w: nn.CrossEntropyLoss(w),
+        }[loss],
+        torch.promote_types(of_outputs, torch.float32),
+    )
+    try:
+        wide(weight)(z, t)
+    except RuntimeError:
+        pytest.skip("torch's loss refuses this mixture")
+    exact = z.double().requires_grad_()
+    value = wide(None if weight is None else weight.double())(exact, t.double())
+    found = output_hessian(wide(weight), z, t)
+    assert found.dtype == narrow
+    close(found.double(), batch_summed_hessian(value, exact), rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_of_one_type_takes_half_precision() -> None:
+    z = torch.tensor([[0.5, 3.0]], dtype=torch.bfloat16)
+    found = output_hessian(nn.HuberLoss(reduction="sum"), z, torch.zeros_like(z))
+    close(found, torch.diag(torch.tensor([1.0, 0])))
+
+
+NOT_TWICE = {
+    "multi_margin_loss": lambda z: F.multi_margin_loss(z, torch.tensor([0, 2]), p=2),
+    "multilabel_margin_loss": lambda z: F.multilabel_margin_loss(
+        z, torch.tensor([[0, -1, 0], [2, 1, -1]])
+    ),
+    "ctc_loss": lambda z: F.ctc_loss(
+        z.log_softmax(1)[:, None],
+        torch.tensor([[1]]),
+        torch.tensor([2]),
+        torch.tensor([1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TWICE)
+def test_a_loss_without_second_derivative_is_named(name: str) -> None:
+    z = randn(2, 3).requires_grad_()
+    for find in (batch_summed_hessian, per_sample_hessian):
+        with pytest.raises(RuntimeError, match=rf"differentiate {name} twice.*zeros"):
+            find(NOT_TWICE[name](z), z)
+    with pytest.raises(RuntimeError, match=rf"differentiate {name} twice"):
+        output_hessian(lambda z, _: NOT_TWICE[name](z), z, z)
+
+
+@pytest.mark.parametrize("anomaly", [False, True])
+@pytest.mark.parametrize("extra", [(), (2,)])
+def test_rows_in_chunks_are_the_rows(
+    monkeypatch: pytest.MonkeyPatch, anomaly: bool, extra: tuple[int, ...]
+) -> None:
+    """7 rows of 4 samples, two at a time."""
+    z = randn(4, 7, *extra).requires_grad_()
+    whole = [f(_coupled(z), z) for f in (batch_summed_hessian, per_sample_hessian)]
+    monkeypatch.setattr(settings, "ENTRIES_AT_ONCE", 2 * 8 * z.numel())
+    with torch.autograd.set_detect_anomaly(anomaly):
+        close(batch_summed_hessian(_coupled(z), z), whole[0])
+        close(per_sample_hessian(_coupled(z), z), whole[1])
+        close(whole[1].sum(0), whole[0])
+    assert settings.rows_at_once(8 * z.numel()) == 2
+
+
+def test_output_hessians_ask_the_limit_first() -> None:
+    """[50, 50] in float32 is 10,000 bytes, [2, 50, 50] twice that."""
+    z, y = torch.randn(2, 50, requires_grad=True), torch.tensor([1, 2])
+    summed = {
+        "generic": lambda: batch_summed_hessian(F.cross_entropy(z, y), z),
+        "formula": lambda: output_hessian(nn.CrossEntropyLoss(), z, y),
+        "no formula": lambda: output_hessian(nn.SmoothL1Loss(), z, z.detach()),
+    }
+    each = {"each": lambda: per_sample_hessian(F.cross_entropy(z, y), z)}
+    for limit, forms in [(9_999, summed), (19_999, each)]:
+        before = set_dense_limit(limit)
+        try:
+            for form in forms.values():
+                with pytest.raises(MemoryError, match=r"50, 50\].*set_dense_limit"):
+                    form()
+            set_dense_limit(limit + 1)
+            for form in forms.values():
+                form()
+        finally:
+            set_dense_limit(before)
+    # Of 21,504 outputs, none is formed.
+    with pytest.raises(MemoryError, match=r"\[21504, 21504\].*1\.7 GiB"):
+        output_hessian(
+            nn.CrossEntropyLoss(),
+            torch.zeros(2, 21, 32, 32),
+            torch.zeros(2, 32, 32, dtype=torch.long),
+        )

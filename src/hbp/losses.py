@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -12,16 +13,35 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from hbp.core import losses as core
 from hbp.core.guards import full_precision, is_narrow
 from hbp.core.losses import Places, check_outputs, require_finite
+from hbp.core.operators import require_room
 
 
 @wraps(core.batch_summed_hessian)
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
-    return core.batch_summed_hessian(loss, outputs, _casts(loss, outputs))
+    with _second_derivatives():
+        return core.batch_summed_hessian(loss, outputs, _casts(loss, outputs))
 
 
 @wraps(core.per_sample_hessian)
 def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
-    return core.per_sample_hessian(loss, outputs, _casts(loss, outputs))
+    with _second_derivatives():
+        return core.per_sample_hessian(loss, outputs, _casts(loss, outputs))
+
+
+@contextmanager
+def _second_derivatives() -> Iterator[None]:
+    """Say which function it is that torch cannot differentiate twice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative for aten::" not in str(error):
+            raise
+        name = str(error).split("::")[1].split("_backward")[0].strip("_")
+        raise RuntimeError(
+            f"loss has no Hessian, for torch cannot differentiate {name} twice. Write "
+            "the loss in functions that it can, or give backward_hessian() a matrix of "
+            "your own: zeros, if the loss is linear piece by piece."
+        ) from error
 
 
 def _casts(loss: Tensor, outputs: Tensor) -> Places | None:
@@ -73,6 +93,7 @@ def output_hessian(
 
     Raises:
         ValueError: the batch is empty, or the loss is no scalar.
+        MemoryError: the matrix would need more than ``hbp.set_dense_limit`` allows.
         ArithmeticError: the Hessian has NaN or infinity.
     """
     check_outputs(outputs)
@@ -83,6 +104,10 @@ def output_hessian(
         )
     formula = _FORMULAS.get(type(loss_func))
     z = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+    # Some losses take one dtype only; to widen is exact.
+    wide = targets.to(z) if _is_narrow(targets) else targets
+    fits = not _is_narrow(getattr(loss_func, "weight", None))
+    taken = (z, wide) if fits else (outputs.detach(), targets)
     if formula is _cross_entropy and z.dim() < 2:
         raise ValueError(
             f"outputs has shape {list(z.shape)}, which CrossEntropyLoss takes as one "
@@ -95,10 +120,15 @@ def output_hessian(
     if formula is None or broadcast or z.dim() < 2 or not scalar:
         with torch.enable_grad():
             z.requires_grad_()
-            return batch_summed_hessian(loss_func(z, targets), z)
+            return batch_summed_hessian(loss_func(z, wide), z)
+    require_room((z[0].numel(),) * 2, z.dtype, "Pass an operator, as MatrixFree(...)")
     with torch.no_grad():
-        loss_func(z, targets)  # It knows best which targets it takes.
-        return require_finite(formula(loss_func, z, targets))
+        loss_func(*taken)  # It knows best which targets it takes.
+        return require_finite(formula(loss_func, z, wide))
+
+
+def _is_narrow(value: object) -> bool:
+    return isinstance(value, Tensor) and is_narrow(value.dtype)
 
 
 def _cross_entropy(loss: nn.CrossEntropyLoss, z: Tensor, targets: Tensor) -> Tensor:
@@ -119,15 +149,16 @@ def _cross_entropy_weights(
 ) -> Tensor:
     """a, [N, S]: the weight of Σ_c t_c log p_c at each sample and position."""
     count, classes, positions = logits.shape
-    class_weight = logits.new_ones(classes) if loss.weight is None else loss.weight
+    ones = logits.new_ones(classes)
+    class_weight = ones if loss.weight is None else loss.weight.to(logits)
     smoothing = loss.label_smoothing
     if targets.is_floating_point():
-        probability = targets.reshape(logits.shape) * (1 - smoothing)
+        probability = targets.to(logits).reshape(logits.shape) * (1 - smoothing)
         probability = probability + smoothing / classes
         weights = torch.einsum("c,ncs->ns", class_weight, probability)
         total = logits.new_tensor(count * positions)
     else:
-        labels = targets.reshape(count, positions)
+        labels = targets.long().reshape(count, positions)  # uint8 would be a mask.
         counted = labels != loss.ignore_index
         of_label = class_weight[labels.where(counted, 0)] * counted
         spread = smoothing / classes * class_weight.sum() * counted
@@ -151,9 +182,9 @@ def _binary_cross_entropy(
     probability = z.sigmoid()
     curvature = probability * (1 - probability)
     if loss.pos_weight is not None:
-        curvature = curvature * (1 + (loss.pos_weight - 1) * targets)
+        curvature = curvature * (1 + (loss.pos_weight.to(z) - 1) * targets.to(z))
     if loss.weight is not None:
-        curvature = curvature * loss.weight
+        curvature = curvature * loss.weight.to(z)
     diagonal = curvature.flatten(1).sum(0)
     return torch.diag(diagonal if loss.reduction == "sum" else diagonal / z.numel())
 

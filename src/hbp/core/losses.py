@@ -11,12 +11,14 @@ average of the samples' Hessians.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .guards import full_precision, is_narrow, require_floats
+from .operators import ZeroOperator, require_room
 
 Places = Sequence[Tensor] | Sequence[GradientEdge]
 
@@ -26,7 +28,7 @@ def batch_summed_hessian(
 ) -> Tensor:
     """The Hessian of any loss w.r.t. the outputs, [summed over the batch][eq-batch].
 
-    One vectorised pass of double backpropagation. Call it before
+    Double backpropagation, as many rows of H̄ at once as memory likes. Call it before
     ``loss.backward()``, which frees the graph.
 
     Args:
@@ -44,10 +46,11 @@ def batch_summed_hessian(
     Raises:
         ValueError: ``loss`` is no scalar, does not depend on ``outputs``, or the
             batch is empty.
-        RuntimeError: the graph of ``loss`` is gone.
+        RuntimeError: the graph of ``loss`` is gone, or torch has no second derivative.
+        MemoryError: the matrix would need more than ``hbp.set_dense_limit`` allows.
         ArithmeticError: the loss or the Hessian has NaN or infinity.
     """
-    return _hessian_rows(loss, outputs, at).sum(1)
+    return _hessian(loss, outputs, at, each=False)[0]
 
 
 def per_sample_hessian(
@@ -61,43 +64,52 @@ def per_sample_hessian(
     Returns:
         ∂²loss/∂z_n∂z_nᵀ, [N, C, C]. Of a mean loss each carries the 1/N.
     """
-    return _hessian_rows(loss, outputs, at).transpose(0, 1).contiguous()
+    return _hessian(loss, outputs, at, each=True)
 
 
 @torch.enable_grad()
 @full_precision()
-def _hessian_rows(loss: Tensor, outputs: Tensor, at: Places | None) -> Tensor:
-    """Row c of every sample's Hessian, [C, N, C]."""
+def _hessian(loss: Tensor, outputs: Tensor, at: Places | None, each: bool) -> Tensor:
+    """Every sample's Hessian, [N, C, C], or their sum, [1, C, C]."""
     _check_loss(loss, outputs)
-    features, places = outputs[0].numel(), [outputs] if at is None else at
+    count, features = len(outputs), outputs[0].numel()
     dtype = torch.promote_types(outputs.dtype, torch.float32)
-    hessian = outputs.new_zeros(features, len(outputs), features, dtype=dtype)
-    gradient = _gradient(loss, places)
+    shape, places = (count if each else 1, features, features), at or [outputs]
+    require_room(shape, dtype, "Pass an operator, as MatrixFree(...)")
+    hessian = outputs.new_zeros(shape, dtype=dtype)
+    gradient = _derivative(loss, places)
+    if gradient is None:
+        raise ValueError(
+            "loss does not depend on outputs. Pass the very tensor that loss_func got."
+        )
     if not gradient.requires_grad:  # A loss that is linear in the outputs.
         return hessian
     # Row c is ∂(Σ_m ∂loss/∂z_mc)/∂z_n: samples do not mix, so the inner sum only
-    # collects what belongs to sample n. All rows in one batched pass.
-    rows = torch.autograd.grad(
-        gradient.reshape(len(outputs), -1).sum(0),
-        places,
-        torch.eye(features, dtype=gradient.dtype, device=gradient.device),
-        is_grads_batched=True,
-        # Layers take a gradient for that of loss.backward() unless this is set.
-        create_graph=True,
-        allow_unused=True,
-    )
-    for row in rows:
-        if row is not None:  # Linear in the outputs, though not in something else.
-            hessian = hessian + row.detach().to(hessian).reshape(hessian.shape)
+    # collects what belongs to sample n. On its way a row has some 8 images: with them
+    # counted, 256 samples of 784 outputs take 41 MiB instead of 193, and less time.
+    total, start = gradient.reshape(count, -1).sum(0), 0
+    for seeds in ZeroOperator(features, hessian).identity(8 * outputs.numel()):
+        rows = _derivative(total, places, seeds.to(total.dtype))
+        if rows is None:  # Linear in the outputs, though not in something else.
+            break
+        part = rows.detach().to(dtype).reshape(len(seeds), count, features)
+        block = hessian[:, start : start + len(seeds)]
+        block.copy_(part.transpose(0, 1) if each else part.sum(1))
+        start += len(seeds)
     if is_narrow(gradient.dtype):  # Its roundings are not symmetric.
-        hessian = (hessian + hessian.transpose(0, 2)) / 2
+        hessian = (hessian + hessian.mT) / 2
     return require_finite(hessian)
 
 
-def _gradient(loss: Tensor, places: Places) -> Tensor:
-    """∂loss/∂z with a graph of its own; the sum over ``places``."""
+def _derivative(of: Tensor, places: Places, *seeds: Tensor) -> Tensor | None:
+    """∂of/∂z with a graph of its own, the sum over ``places``; one for each seed."""
+    # Layers take a gradient for that of loss.backward() unless create_graph is set.
+    grad = partial(torch.autograd.grad, of, places, *seeds, create_graph=True)
+    # Anomaly detection reads every number, and a batch of seeds has none to read.
+    quiet = torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled(), not seeds)
     try:
-        found = torch.autograd.grad(loss, places, create_graph=True, allow_unused=True)
+        with quiet:
+            found = grad(allow_unused=True, is_grads_batched=bool(seeds))
     except RuntimeError as error:
         if "second time" not in str(error):
             raise
@@ -106,11 +118,7 @@ def _gradient(loss: Tensor, places: Places) -> Tensor:
             "before loss.backward()."
         ) from error
     gradients = [gradient for gradient in found if gradient is not None]
-    if not gradients:
-        raise ValueError(
-            "loss does not depend on outputs. Pass the very tensor that loss_func got."
-        )
-    return torch.stack(gradients).sum(0) if len(gradients) > 1 else gradients[0]
+    return reduce(torch.add, gradients) if gradients else None
 
 
 def check_outputs(outputs: Tensor) -> None:

@@ -23,6 +23,7 @@ them has changed, it raises an error instead of mixing two points of parameter s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -33,13 +34,7 @@ from torch import Tensor
 
 from . import settings
 from .guards import full_precision, is_narrow, is_number, require_floats
-from .settings import (
-    DENSE_FEATURES,
-    NEGLIGIBLE,
-    NULL_SLACK,
-    REMAINDER_ENTRIES,
-    rows_at_once,
-)
+from .settings import DENSE_FEATURES, NEGLIGIBLE, REMAINDER_ENTRIES, rows_at_once
 
 if TYPE_CHECKING:
     from .jacobians import Jacobian
@@ -171,13 +166,7 @@ class SymmetricOperator(ABC):
             MemoryError: it would need more than ``hbp.set_dense_limit`` allows.
             RuntimeError: a weight or an input has changed.
         """
-        if not self.fits:
-            size = self.shape.numel() * self.dtype.itemsize / 2**30
-            raise MemoryError(
-                f"A dense {list(self.shape)} matrix of {self.dtype} needs {size:.1f} "
-                f"GiB, more than {settings.dense_limit / 2**30:.2g} GiB. Use products, "
-                "diagonal() or trace(), or raise the limit by hbp.set_dense_limit()."
-            )
+        require_room(self.shape, self.dtype, "Use products, diagonal() or trace()")
         if "_matrix" not in vars(self):  # What was formed is independent of the model.
             self.require_fresh()
         return self._dense()
@@ -672,6 +661,17 @@ def as_operator(hessian: object) -> SymmetricOperator:
     return DenseOperator(matrix) if matrix.dim() == 2 else SampleBlocks(matrix)
 
 
+def require_room(shape: Sequence[int], dtype: torch.dtype, remedy: str) -> None:
+    """Raise MemoryError if a dense tensor is beyond ``hbp.set_dense_limit``."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > settings.dense_limit:
+        raise MemoryError(
+            f"A dense {list(shape)} matrix of {dtype} needs {size / 2**30:.1f} GiB, "
+            f"more than {settings.dense_limit / 2**30:.2g} GiB. {remedy}, or raise the "
+            "limit by hbp.set_dense_limit()."
+        )
+
+
 def check_alpha(alpha: float) -> None:
     """Raise ValueError unless ``alpha``, the damping α, is in [0, 1]."""
     if not (is_number(alpha) and 0 <= alpha <= 1):
@@ -684,7 +684,7 @@ def check_alpha(alpha: float) -> None:
 def regularity(pivots: Tensor, shift: float) -> Tensor:
     """The margin of ``solve_damped`` from pivots or eigenvalues, a scalar tensor."""
     sizes = pivots.abs()
-    slack = NULL_SLACK * pivots.numel() if shift == 0 else 1
+    slack = settings.NULL_SLACK * pivots.numel() if shift == 0 else 1
     return sizes.min() / (slack * torch.finfo(pivots.dtype).eps * sizes.max())
 
 
