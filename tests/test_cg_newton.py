@@ -504,6 +504,28 @@ def _not_finite(p: nn.Parameter) -> None:
     p.hessian = DenseOperator(torch.full((3, 3), float("nan")).double())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_gradient_with_a_part_in_the_null_space(seed: int) -> None:
+    """There is no solution, and round-off must not make one: x was 1e8, "converged"."""
+    torch.manual_seed(seed)
+    probabilities = torch.randn(50, 10).softmax(1)
+    H = torch.diag(probabilities.mean(0)) - probabilities.T @ probabilities / 50
+    p = nn.Parameter(torch.zeros(10))
+    p.grad, p.hessian = torch.randn(10), DenseOperator((H + H.T) / 2)
+    optimizer = CGNewton([p], lr=1.0, alpha=0.0)
+    optimizer.step()
+    info = optimizer.last_step[p]
+    assert info.negative_curvature
+    assert not info.converged
+    assert p.isfinite().all()
+    # In the range of H there is a solution, and it is found.
+    p.grad -= p.grad.mean()
+    optimizer.step()
+    info = optimizer.last_step[p]
+    assert info.converged
+    assert not info.negative_curvature
+
+
 def _singular(p: nn.Parameter) -> None:
     p.hessian = DenseOperator(torch.ones(3, 3).double())
 

@@ -609,6 +609,45 @@ def test_float32_keeps_its_digits() -> None:
         assert along < errors(naive)[1] / 5
 
 
+@pytest.mark.parametrize(
+    ("n", "condition", "dtype"),
+    [(2, 1e5, torch.float32), (2, 1e6, torch.float64), (600, 1e3, torch.float32)],
+)
+def test_an_ill_conditioned_matrix_is_solved_without_damping(
+    n: int, condition: float, dtype: torch.dtype
+) -> None:
+    """What is refused does not depend on the size."""
+    reflection = randn(n)
+    reflection /= reflection.norm()
+    values = torch.linspace(1, 1 / condition, n).double()
+    values[::3] *= -1
+    Q = torch.eye(n).double() - 2 * torch.outer(reflection, reflection)
+    A, x = (Q * values @ Q).to(dtype), randn(n).to(dtype)
+    A = (A + A.T) / 2
+    found = DenseOperator(A).solve(A @ x)
+    # The residual of a backward stable solve, whatever the condition.
+    assert (A @ (found - x)).norm() <= 100 * torch.finfo(dtype).eps * found.norm()
+
+
+def test_what_float32_cannot_tell_from_singular_is_said_with_a_remedy() -> None:
+    A = torch.tensor([[1.0, 1], [1, 1 + 4e-6]])  # A condition of 1e6.
+    with pytest.raises(ArithmeticError, match=r"singular.*larger alpha.*\.double\(\)"):
+        DenseOperator(A).solve(torch.tensor([1.0, 0]))
+    expected = torch.linalg.solve(A.double(), torch.tensor([1.0, 0]).double())
+    b = torch.tensor([1.0, 0])
+    close(DenseOperator(A.double()).solve(b.double()), expected, rtol=1e-8)
+    assert DenseOperator(A).solve(b, alpha=1e-4).isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 50, 200])
+def test_singular_softmax_curvature_of_float32_is_noticed(classes: int) -> None:
+    for _ in range(20 if classes < 100 else 2):
+        p = torch.randn(classes + 5, classes).softmax(1)
+        H = torch.diag(p.mean(0)) - p.T @ p / len(p)
+        with pytest.raises(ArithmeticError, match="singular"):
+            DenseOperator(H).solve(torch.randn(classes))
+
+
 def test_singular_softmax_curvature_is_noticed() -> None:
     """diag(p) - ppᵀ has the null vector 1 up to round-off, never an exact zero."""
     for classes in (2, 3, 10, 40):

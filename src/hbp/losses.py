@@ -18,22 +18,27 @@ from hbp.core.operators import require_room
 
 @wraps(core.batch_summed_hessian)
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
-    with _second_derivatives():
+    with _torch_explained():
         return core.batch_summed_hessian(loss, outputs, _casts(loss, outputs))
 
 
 @wraps(core.per_sample_hessian)
 def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
-    with _second_derivatives():
+    with _torch_explained():
         return core.per_sample_hessian(loss, outputs, _casts(loss, outputs))
 
 
 @contextmanager
-def _second_derivatives() -> Iterator[None]:
-    """Say which function it is that torch cannot differentiate twice."""
+def _torch_explained() -> Iterator[None]:
+    """Say what to do where torch refuses to differentiate, or to do it twice."""
     try:
         yield
     except RuntimeError as error:
+        if "second time" in str(error):
+            raise RuntimeError(
+                "The graph of loss is gone. Call batch_summed_hessian(loss, outputs) "
+                "before loss.backward()."
+            ) from error
         if "derivative for aten::" not in str(error):
             raise
         name = str(error).split("::")[1].split("_backward")[0].strip("_")

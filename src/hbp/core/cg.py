@@ -52,6 +52,7 @@ class _State(NamedTuple):
     iterations: Tensor
     bent: Tensor
     left: Tensor
+    slope: Tensor
     unit: Tensor
 
 
@@ -64,6 +65,7 @@ def cg_rows(
     maxiter: int,
     radius: Tensor | None = None,
     check_every: int = 1,
+    null: float = 0.0,
 ) -> Solution:
     """Solve A_i x_i = b_i for every row i, from 0.
 
@@ -79,6 +81,8 @@ def cg_rows(
         maxiter: At most this many products.
         radius: ‖x_i‖ ≤ radius_i, [systems, 1]; ``None`` for no bound.
         check_every: Iterations between two looks of the host.
+        null: A curvature pᵀAp/pᵀp of so much of the largest that was met is round-off
+            of a direction in the null space, and counts as 0.
     """
     state, live = _start(b, tol, atol, radius), list(range(len(b)))
     found = Solution(torch.empty_like(b), b.new_empty(len(b), 8, dtype=torch.float64))
@@ -103,7 +107,7 @@ def cg_rows(
                 live = [i for i, runs in zip(live, running, strict=True) if runs]
                 places = places[stays]
                 product = product_of(live, places)
-        active = _iterate(state, product, active, radius is not None)
+        active = _iterate(state, product, active, radius is not None, null)
     return found
 
 
@@ -120,16 +124,21 @@ def _start(
     rr, no = _dot(r, r), zero > 0
     target = torch.maximum(tol * tol * rr, (atol / unit).square())
     vectors = torch.zeros_like(b), r, r.clone()
-    return _State(*vectors, rr, target, bound, zero, no, no.clone(), unit)
+    return _State(*vectors, rr, target, bound, zero, no, no.clone(), zero.clone(), unit)
 
 
-def _iterate(state: _State, product: Product, active: Tensor, bounded: bool) -> Tensor:
+def _iterate(
+    state: _State, product: Product, active: Tensor, bounded: bool, null: float
+) -> Tensor:
     """One step of every active row, in place; which rows are active then."""
-    x, r, p, rr, target, radius, iterations, bent, left, _ = state
+    x, r, p, rr, target, radius, iterations, bent, left, slope, _ = state
     Ap = product(p)
-    curvature = _dot(p, Ap)
-    advances, step = curvature > 0, rr / curvature
-    bent |= active & (curvature <= 0)
+    curvature, floor = _dot(p, Ap), torch.zeros_like(rr)
+    if null > 0:
+        pp = _dot(p, p)
+        floor = torch.maximum(slope, curvature / pp, out=slope) * pp * null
+    advances, step = curvature > floor, rr / curvature
+    bent |= active & (curvature <= floor)
     if bounded:  # No row beyond its boundary; a direction that bends leads there.
         longest = to_boundary(x, p, radius)
         leaves = active & (bent | (step >= longest))
@@ -151,7 +160,7 @@ def _iterate(state: _State, product: Product, active: Tensor, bounded: bool) -> 
 
 def _facts(done: _State, b: Tensor) -> Tensor:
     """What ``Solution`` tells of rows that are done."""
-    x, r, _, rr, target, _, iterations, bent, left, unit = done
+    x, r, _, rr, target, _, iterations, bent, left, _, unit = done
     # Out of the units in float64: a float32 x can be large or small enough for its
     # square to have no number.
     wide = unit.double()

@@ -333,8 +333,7 @@ class Weight(Jacobian):
         self, x: Tensor, out_features: int, delta: Tensor | None = None
     ) -> None:
         shape = (out_features, x.shape[1])
-        reads = [Watched(x, "An input")]
-        super().__init__(shape, shape[:1], len(x), x, reads)
+        super().__init__(shape, shape[:1], len(x), x, [Watched(x, "An input")])
         self._delta = delta
 
     def jvp(self, rows: Tensor) -> Tensor:

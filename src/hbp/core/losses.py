@@ -21,11 +21,10 @@ from .guards import full_precision, is_narrow, require_floats
 from .operators import ZeroOperator, require_room
 
 Places = Sequence[Tensor] | Sequence[GradientEdge]
+At = Places | None
 
 
-def batch_summed_hessian(
-    loss: Tensor, outputs: Tensor, at: Places | None = None
-) -> Tensor:
+def batch_summed_hessian(loss: Tensor, outputs: Tensor, at: At = None) -> Tensor:
     """The Hessian of any loss w.r.t. the outputs, [summed over the batch][eq-batch].
 
     Double backpropagation, as many rows of H̄ at once as memory likes. Call it before
@@ -53,9 +52,7 @@ def batch_summed_hessian(
     return _hessian(loss, outputs, at, each=False)[0]
 
 
-def per_sample_hessian(
-    loss: Tensor, outputs: Tensor, at: Places | None = None
-) -> Tensor:
+def per_sample_hessian(loss: Tensor, outputs: Tensor, at: At = None) -> Tensor:
     """The Hessian of any loss w.r.t. each sample's output.
 
     What ``model.backward_hessian`` takes for [exact products][eq-exact]. Arguments and
@@ -69,7 +66,7 @@ def per_sample_hessian(
 
 @torch.enable_grad()
 @full_precision()
-def _hessian(loss: Tensor, outputs: Tensor, at: Places | None, each: bool) -> Tensor:
+def _hessian(loss: Tensor, outputs: Tensor, at: At, each: bool) -> Tensor:
     """Every sample's Hessian, [N, C, C], or their sum, [1, C, C]."""
     _check_loss(loss, outputs)
     count, features = len(outputs), outputs[0].numel()
@@ -87,18 +84,16 @@ def _hessian(loss: Tensor, outputs: Tensor, at: Places | None, each: bool) -> Te
     # Row c is ∂(Σ_m ∂loss/∂z_mc)/∂z_n: samples do not mix, so the inner sum only
     # collects what belongs to sample n. On its way a row has some 8 images: with them
     # counted, 256 samples of 784 outputs take 41 MiB instead of 193, and less time.
-    total, start = gradient.reshape(count, -1).sum(0), 0
+    total, end = gradient.reshape(count, -1).sum(0), 0
     for seeds in ZeroOperator(features, hessian).identity(8 * outputs.numel()):
         rows = _derivative(total, places, seeds.to(total.dtype))
         if rows is None:  # Linear in the outputs, though not in something else.
             break
-        part = rows.detach().to(dtype).reshape(len(seeds), count, features)
-        block = hessian[:, start : start + len(seeds)]
-        block.copy_(part.transpose(0, 1) if each else part.sum(1))
-        start += len(seeds)
-    if is_narrow(gradient.dtype):  # Its roundings are not symmetric.
-        hessian = (hessian + hessian.mT) / 2
-    return require_finite(hessian)
+        start, end = end, end + len(seeds)
+        part = rows.detach().to(dtype).reshape(-1, count, features)
+        hessian[:, start:end] = part.transpose(0, 1) if each else part.sum(1)
+    narrow = is_narrow(gradient.dtype)  # Its roundings are not symmetric.
+    return require_finite((hessian + hessian.mT) / 2 if narrow else hessian)
 
 
 def _derivative(of: Tensor, places: Places, *seeds: Tensor) -> Tensor | None:
@@ -106,17 +101,8 @@ def _derivative(of: Tensor, places: Places, *seeds: Tensor) -> Tensor | None:
     # Layers take a gradient for that of loss.backward() unless create_graph is set.
     grad = partial(torch.autograd.grad, of, places, *seeds, create_graph=True)
     # Anomaly detection reads every number, and a batch of seeds has none to read.
-    quiet = torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled(), not seeds)
-    try:
-        with quiet:
-            found = grad(allow_unused=True, is_grads_batched=bool(seeds))
-    except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        raise RuntimeError(
-            "The graph of loss is gone. Call batch_summed_hessian(loss, outputs) "
-            "before loss.backward()."
-        ) from error
+    with torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled(), not seeds):
+        found = grad(allow_unused=True, is_grads_batched=bool(seeds))
     gradients = [gradient for gradient in found if gradient is not None]
     return reduce(torch.add, gradients) if gradients else None
 

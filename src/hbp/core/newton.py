@@ -24,7 +24,7 @@ from .operators import (
     singular,
     solve_system,
 )
-from .settings import CHECK_EVERY, NEGLIGIBLE, TOGETHER
+from .settings import CHECK_EVERY, NEGLIGIBLE, NULL_SLACK, TOGETHER
 
 
 @dataclass(frozen=True)
@@ -365,6 +365,7 @@ def _by_cg(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
         options["cg_maxiter"] or 10 * b.shape[1],
         None if trust is None else shares * trust,
         options["check_every"],
+        0 if options["alpha"] else NULL_SLACK * torch.finfo(b.dtype).eps,
     )
     facts, solved = iter(found.facts.tolist()), []
     for system, x in zip(systems, found.x.split(sizes), strict=True):

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import lu_solve
 
 from . import settings
 from .guards import full_precision, is_narrow, is_number, require_floats
@@ -233,8 +234,14 @@ class SymmetricOperator(ABC):
         damped = self.to_dense() * weight
         damped.diagonal().add_(shift)
         factors, pivots, _ = torch.linalg.lu_factor_ex(damped)
-        solution = torch.linalg.lu_solve(factors, pivots, rows.T).T
-        return solution, regularity(factors.diagonal(), shift)
+        solution, sizes = lu_solve(factors, pivots, rows.T).T, factors.diagonal()
+        if shift == 0:  # ‖A‖ and 1/‖A⁻¹‖, by inverse iteration; cos k² is as random.
+            norm = torch.linalg.vector_norm(damped, 1, dim=1).max()
+            x = torch.arange(len(damped), device=rows.device).square().cos().to(rows)
+            for _ in range(2):
+                x = lu_solve(factors, pivots, (x / x.abs().max()).view(-1, 1))
+            sizes = torch.stack([norm, 1 / x.abs().max()])
+        return solution, regularity(sizes, shift)
 
     def system(self, b: Tensor) -> System:
         """A and b, [n], in coordinates of a subspace with the Krylov space of both."""
@@ -463,8 +470,7 @@ class Congruence(SymmetricOperator):
 
     @cached_property
     def _is_small(self) -> bool:
-        small = self.shape[0] <= DENSE_FEATURES and self.fits
-        return small and self._outer_is_small
+        return self.shape[0] <= DENSE_FEATURES and self.fits and self._outer_is_small
 
     @property
     def _outer_is_small(self) -> bool:
@@ -590,9 +596,8 @@ class KroneckerBlock(SymmetricOperator):
         self.require_fresh()
         B, (values, Q) = b.view(self.sizes), self.spectrum
         Y = B @ Q
-        length = torch.where(
-            (values > 0).sum() < B.shape[1], _remainder_norm(B, Y, Q), 0
-        )
+        is_whole = (values > 0).sum() == B.shape[1]
+        length = torch.where(is_whole, 0, _remainder_norm(B, Y, Q))
         rhs = torch.cat([Y.T, Y.new_zeros(len(values), 1)], dim=1)
         rhs[0, -1] = length
 
@@ -683,15 +688,14 @@ def check_alpha(alpha: float) -> None:
 
 def regularity(pivots: Tensor, shift: float) -> Tensor:
     """The margin of ``solve_damped`` from pivots or eigenvalues, a scalar tensor."""
-    sizes = pivots.abs()
-    slack = settings.NULL_SLACK * pivots.numel() if shift == 0 else 1
+    sizes, slack = pivots.abs(), settings.NULL_SLACK if shift == 0 else 1
     return sizes.min() / (slack * torch.finfo(pivots.dtype).eps * sizes.max())
 
 
 def singular(alpha: float) -> str:
     """What to say of a system whose margin is not above 1."""
-    what = f"(1-α)H + αI is singular or not finite at alpha={alpha}."
-    return f"{what} Use a larger alpha, or solver='cg'."
+    what = f"(1-α)H + αI is singular or not finite at alpha={alpha}, to all its digits."
+    return f"{what} Use a larger alpha, more digits by .double(), or solver='cg'."
 
 
 def decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:

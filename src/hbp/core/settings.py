@@ -47,10 +47,14 @@ A product of a large system costs more than the read, so there it is 1.
 """
 
 NULL_SLACK: Final = 10
-"""By how many n·eps a pivot of a singular matrix may differ from 0.
+"""By how many eps·‖A‖ an eigenvalue 0 may differ from 0, at α = 0.
 
-The null space of a curvature shows up as pivots of at most 2.4 n·eps in softmax
-Hessians of 2 to 200 classes. A damped one stands at α.
+In thousands of softmax Hessians of 2 to 200 classes, whose null space is (1, …, 1), the
+smallest eigenvalue was at most 7.5 eps·‖A‖ (2 classes; 5.7 above), and 1/‖A⁻¹‖ as two
+inverse iterations find it at most 7.4. Regular matrices of condition κ have 1/(κ·eps):
+84 at 1e5, 8.4 at 1e6 in float32, for 2 unknowns as for 4,000, where a row sum in place
+of ‖A‖ takes a factor of 10. A pivot says less: it grows with the size of the matrix,
+and n·eps refused a condition of 250 for 4,002 unknowns. A damped one stands at α.
 """
 
 
