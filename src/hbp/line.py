@@ -31,11 +31,10 @@ from hbp.convert import Converted
 from hbp.core import newton
 from hbp.core.containers import HBPResidual, HBPSequential
 from hbp.core.guards import is_number
-from hbp.core.losses import _gradient as loss_gradient
+from hbp.core.losses import derivative
 from hbp.core.module import HBPModule
 from hbp.distributed import average
-from hbp.losses import _casts as casts
-from hbp.losses import batch_summed_hessian, per_sample_hessian
+from hbp.losses import batch_summed_hessian, casts, per_sample_hessian
 
 DAMPING: Final = 0.1
 """α where none is given."""
@@ -105,7 +104,7 @@ def backward(
         loss.backward(torch.full_like(loss, loss_scale), retain_graph=True)
     else:  # The graph of the loss alone stays, for the curvature along the step.
         outputs.backward(gradient * loss_scale)
-    treatment = {"hessian": "none", "ggn": "zero"}.get(str(curvature), curvature)
+    treatment = "none" if curvature == "hessian" else curvature
     model.backward_hessian(
         hessian,
         modify_2nd_order_terms=treatment,
@@ -144,7 +143,9 @@ class Line:
         self.process_group = process_group
         self._places = casts(loss, outputs) or [outputs]
         with torch.enable_grad():
-            self.gradient = loss_gradient(loss, self._places)
+            gradient = derivative(loss, self._places)
+        assert gradient is not None  # The output Hessian would have been refused.
+        self.gradient = gradient
 
     def measure(self, moves: Moves) -> Tensor:
         """dᵀGd and the loss, [2], in float64; the means over processes."""

@@ -19,13 +19,13 @@ from hbp.core.operators import require_room
 @wraps(core.batch_summed_hessian)
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
     with _torch_explained():
-        return core.batch_summed_hessian(loss, outputs, _casts(loss, outputs))
+        return core.batch_summed_hessian(loss, outputs, casts(loss, outputs))
 
 
 @wraps(core.per_sample_hessian)
 def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
     with _torch_explained():
-        return core.per_sample_hessian(loss, outputs, _casts(loss, outputs))
+        return core.per_sample_hessian(loss, outputs, casts(loss, outputs))
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def _torch_explained() -> Iterator[None]:
         ) from error
 
 
-def _casts(loss: Tensor, outputs: Tensor) -> Places | None:
+def casts(loss: Tensor, outputs: Tensor) -> Places | None:
     """Where the loss has widened the outputs, or None.
 
     A loss under autocast begins by casting half-precision outputs to float32. A

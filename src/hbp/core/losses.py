@@ -74,7 +74,7 @@ def _hessian(loss: Tensor, outputs: Tensor, at: At, each: bool) -> Tensor:
     shape, places = (count if each else 1, features, features), at or [outputs]
     require_room(shape, dtype, "Pass an operator, as MatrixFree(...)")
     hessian = outputs.new_zeros(shape, dtype=dtype)
-    gradient = _derivative(loss, places)
+    gradient = derivative(loss, places)
     if gradient is None:
         raise ValueError(
             "loss does not depend on outputs. Pass the very tensor that loss_func got."
@@ -86,7 +86,7 @@ def _hessian(loss: Tensor, outputs: Tensor, at: At, each: bool) -> Tensor:
     # counted, 256 samples of 784 outputs take 41 MiB instead of 193, and less time.
     total, end = gradient.reshape(count, -1).sum(0), 0
     for seeds in ZeroOperator(features, hessian).identity(8 * outputs.numel()):
-        rows = _derivative(total, places, seeds.to(total.dtype))
+        rows = derivative(total, places, seeds.to(total.dtype))
         if rows is None:  # Linear in the outputs, though not in something else.
             break
         start, end = end, end + len(seeds)
@@ -96,7 +96,7 @@ def _hessian(loss: Tensor, outputs: Tensor, at: At, each: bool) -> Tensor:
     return require_finite((hessian + hessian.mT) / 2 if narrow else hessian)
 
 
-def _derivative(of: Tensor, places: Places, *seeds: Tensor) -> Tensor | None:
+def derivative(of: Tensor, places: Places, *seeds: Tensor) -> Tensor | None:
     """∂of/∂z with a graph of its own, the sum over ``places``; one for each seed."""
     # Layers take a gradient for that of loss.backward() unless create_graph is set.
     grad = partial(torch.autograd.grad, of, places, *seeds, create_graph=True)
