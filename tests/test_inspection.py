@@ -844,3 +844,31 @@ def test_curvature_of_another_point() -> None:
         model[2].weight.add_(1)
     with pytest.raises(RuntimeError, match="has changed since"):
         inspect_curvature(model, 0.1)
+
+
+def test_a_choice_of_parameters_and_their_progress() -> None:
+    model, seen = trained(), []
+    whole = inspect_curvature(model, 0.1)
+    some = inspect_curvature(
+        model, 0.1, only=lambda name: name.endswith("bias"), progress=seen.append
+    )
+    expected = tuple(row for row in whole.rows if row.name.endswith("bias"))
+    assert 0 < len(expected) < len(whole.rows)
+    assert some.rows == tuple(seen) == expected
+    with pytest.raises(ValueError, match=r"only=.* chooses"):
+        inspect_curvature(model, 0.1, only=lambda name: False)
+
+
+def test_the_trace_of_a_large_convolution_is_estimated() -> None:
+    """Its diagonal takes a product for every output, of which there are 2,304."""
+    model = hbp.convert(nn.Sequential(nn.Conv2d(16, 8, 3), nn.Flatten()))
+    images = torch.randn(8, 16, 8, 8)
+    outputs = model(images)
+    loss = outputs.square().mean()
+    hessian = hbp.per_sample_hessian(loss, outputs)
+    loss.backward()
+    model.backward_hessian(hessian)
+    (row,) = inspect_curvature(model, 0.1, only=lambda name: name == "0.weight").rows
+    exact = float(model[0].weight.hessian.trace())
+    assert 0 < row.trace_error < 0.05 * exact
+    assert abs(row.trace - exact) < 5 * row.trace_error

@@ -21,6 +21,7 @@ Musco & Woodruff, Hutch++, arXiv 2010.09649.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -385,7 +386,15 @@ def compare_curvature(
 
 @torch.no_grad()
 @full_precision()
-def inspect_curvature(model: nn.Module, alpha: float, seed: int = 0) -> CurvatureReport:
+def inspect_curvature(
+    model: nn.Module,
+    alpha: float,
+    seed: int = 0,
+    *,
+    only: Callable[[str], bool] = bool,
+    maxiter: int = 50,
+    progress: Callable[[CurvatureRow], object] = bool,
+) -> CurvatureReport:
     """One row for each parameter that requires a gradient.
 
     Call it after ``backward_hessian`` and before ``optimizer.step()``.
@@ -394,11 +403,16 @@ def inspect_curvature(model: nn.Module, alpha: float, seed: int = 0) -> Curvatur
         model: Its parameters carry ``p.hessian``.
         alpha: Damping α in [0, 1], of the condition numbers.
         seed: See ``extremal_eigenvalues`` and ``estimate_trace``.
+        only: Given a parameter's name, whether it gets a row; by default all do.
+        maxiter: See ``extremal_eigenvalues``: products for each block whose spectrum is
+            large. A ``?`` says that they were too few.
+        progress: Called with each row as soon as it is known, as in ``progress=print``.
 
     Raises:
         TypeError: ``model`` is no module, ``p.hessian`` no operator, or ``seed`` no
             integer.
-        ValueError: ``alpha`` is outside [0, 1], or no parameter requires a gradient.
+        ValueError: ``alpha`` is outside [0, 1], ``maxiter`` is unusable, or no
+            parameter that requires a gradient is chosen.
         RuntimeError: a parameter has no curvature, or a weight has changed since.
         ArithmeticError: a block contains NaN or infinity.
     """
@@ -408,20 +422,24 @@ def inspect_curvature(model: nn.Module, alpha: float, seed: int = 0) -> Curvatur
             "parameters carry p.hessian."
         )
     check_alpha(alpha)
-    parameters = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
-    if not parameters:
+    named, rows = model.named_parameters(), []
+    chosen = [(k, p) for k, p in named if p.requires_grad and only(k)]
+    if not chosen:
         raise ValueError(
-            f"model={type(model).__name__} has no parameter that requires a gradient. "
-            "Inspect a model that can be trained."
+            f"model={type(model).__name__} has no parameter that requires a gradient "
+            f"and only={only!r} chooses. Inspect one that can be trained."
         )
-    return CurvatureReport(alpha, tuple(_row(k, p, alpha, seed) for k, p in parameters))
+    for name, parameter in chosen:
+        rows.append(_row(name, parameter, alpha, seed, maxiter))
+        progress(rows[-1])
+    return CurvatureReport(alpha, tuple(rows))
 
 
-def _row(name: str, parameter: Tensor, alpha: float, seed: int) -> CurvatureRow:
-    operator = getattr(parameter, "hessian", None)
+def _row(name: str, p: Tensor, alpha: float, seed: int, maxiter: int) -> CurvatureRow:
+    operator = getattr(p, "hessian", None)
     if operator is None:
         raise RuntimeError(
-            f"Parameter {name!r} of shape {list(parameter.shape)} has no curvature. "
+            f"Parameter {name!r} of shape {list(p.shape)} has no curvature. "
             "Call loss.backward() and then model.backward_hessian(output_hessian); if "
             "no layer gives it one, freeze it: requires_grad_(False)."
         )
@@ -433,11 +451,11 @@ def _row(name: str, parameter: Tensor, alpha: float, seed: int) -> CurvatureRow:
         ends, condition = spectrum.ends(1), spectrum.condition(alpha)
         mass = spectrum.negative_mass()
     else:
-        ends = extremal_eigenvalues(operator, seed=seed)
+        ends = extremal_eigenvalues(operator, maxiter=maxiter, seed=seed)
         condition, mass = _condition_of_ends(ends, alpha), (None, None)
     trace, trace_error = _trace(operator, seed)
     values = trace, trace_error, float(ends.smallest), float(ends.largest)
-    shape = tuple(parameter.shape)
+    shape = tuple(p.shape)
     return CurvatureRow(name, shape, *values, ends.converged, condition, *mass)
 
 
@@ -601,11 +619,14 @@ def _trace(operator: Operator, seed: int) -> TraceEstimate:
         outer = _trace(operator.outer, seed)
         inner = float(operator.rows.square().sum() * operator.weight)
         return TraceEstimate(outer.value * inner, outer.standard_error * inner)
-    # A diagonal that takes as many products as there are rows.
+    # A diagonal that takes as many products as there are rows, of A or of J: in a
+    # convolution of 36,864 weights 15 s, where an estimate to 8 digits takes 0.1 s.
     source = operator
     while isinstance(source, Congruence | KroneckerBlock | BlockDiagonal):
         source = source.outer
-    if isinstance(source, MatrixFree) and source.shape[0] > SMALL:
+    free = isinstance(source, MatrixFree) and source.shape[0] > SMALL
+    rows = operator.jacobian.out_size if isinstance(operator, Congruence) else 0
+    if free or min(rows, operator.shape[0]) > SMALL:
         return estimate_trace(operator, seed=seed)
     return TraceEstimate(float(_finite(operator.trace())), 0.0)
 
