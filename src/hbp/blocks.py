@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from hbp.core.guards import is_count
-from hbp.core.layers.convolution import HBPConv1d, HBPConv2d, HBPConv3d
+from hbp.core.layers.convolution import HBPConv2d
 from hbp.core.layers.linear import HBPLinear
 from hbp.core.module import HBPModule
 from hbp.core.operators import DenseOperator, KroneckerBlock, SymmetricOperator
+from hbp.layers.transposed import HBPConv1d, HBPConv3d
 
 
 def set_hbp_blocks(model: HBPModule, sub_blocks: int = 1) -> None:

@@ -30,7 +30,7 @@ from torch.nn import Parameter
 from hbp.convert import Converted
 from hbp.core import newton
 from hbp.core.containers import HBPResidual, HBPSequential
-from hbp.core.guards import is_number
+from hbp.core.guards import is_narrow, is_number
 from hbp.core.losses import derivative
 from hbp.core.module import HBPModule
 from hbp.distributed import average
@@ -141,7 +141,8 @@ class Line:
         self.model, self.outputs, self.loss = model, outputs, loss.detach()
         self.bound = -math.inf if lower_bound is None else lower_bound
         self.process_group = process_group
-        self._places = casts(loss, outputs) or [outputs]
+        narrow = is_narrow(outputs.dtype)
+        self._places = (casts(loss, outputs) if narrow else None) or [outputs]
         with torch.enable_grad():
             gradient = derivative(loss, self._places)
         assert gradient is not None  # The output Hessian would have been refused.
@@ -381,8 +382,8 @@ class CGNewton(newton.CGNewton):
             steps = [_formed(step) for step in steps]
             self.last_line = _along(steps)
             steps = [s._replace(lr=s.lr * self.last_line.length) for s in steps]
-        elif not self._warned:
-            self._warned = _warn_of_a_promise(steps)
+        elif steps and vars(steps[0].equation.parameter).get("line"):
+            self._warned = self._warned or _warn_of_a_promise(steps)
         for step in steps:
             step.checked()
         for group in self.param_groups:

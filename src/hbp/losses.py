@@ -19,13 +19,19 @@ from hbp.core.operators import require_room
 @wraps(core.batch_summed_hessian)
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
     with _torch_explained():
-        return core.batch_summed_hessian(loss, outputs, casts(loss, outputs))
+        half = isinstance(outputs, Tensor) and is_narrow(outputs.dtype)
+        return core.batch_summed_hessian(
+            loss, outputs, casts(loss, outputs) if half else None
+        )
 
 
 @wraps(core.per_sample_hessian)
 def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
     with _torch_explained():
-        return core.per_sample_hessian(loss, outputs, casts(loss, outputs))
+        half = isinstance(outputs, Tensor) and is_narrow(outputs.dtype)
+        return core.per_sample_hessian(
+            loss, outputs, casts(loss, outputs) if half else None
+        )
 
 
 @contextmanager
@@ -55,8 +61,7 @@ def casts(loss: Tensor, outputs: Tensor) -> Places | None:
     A loss under autocast begins by casting half-precision outputs to float32. A
     derivative there keeps the digits that it would lose on its way through the cast.
     """
-    graphs = isinstance(loss, Tensor) and isinstance(outputs, Tensor)
-    if not (graphs and is_narrow(outputs.dtype) and outputs.requires_grad):
+    if not (isinstance(loss, Tensor) and outputs.requires_grad):
         return None
     own = get_gradient_edge(outputs)
     casts: list[GradientEdge] = []

@@ -2,23 +2,14 @@
 
 from hbp.core.containers import HBPResidual as HBPResidual
 from hbp.core.containers import HBPSequential as HBPSequential
-from hbp.core.layers.convolution import HBPConv1d as HBPConv1d
 from hbp.core.layers.convolution import HBPConv2d as HBPConv2d
-from hbp.core.layers.convolution import HBPConv3d as HBPConv3d
 from hbp.core.layers.elementwise import ElementwiseRule as ElementwiseRule
 from hbp.core.layers.elementwise import HBPReLU as HBPReLU
 from hbp.core.layers.elementwise import HBPSigmoid as HBPSigmoid
 from hbp.core.layers.elementwise import HBPTanh as HBPTanh
 from hbp.core.layers.linear import HBPLinear as HBPLinear
-from hbp.core.layers.pooling import HBPAvgPool1d as HBPAvgPool1d
-from hbp.core.layers.pooling import HBPAvgPool2d as HBPAvgPool2d
-from hbp.core.layers.pooling import HBPAvgPool3d as HBPAvgPool3d
-from hbp.core.layers.pooling import HBPMaxPool1d as HBPMaxPool1d
 from hbp.core.layers.pooling import HBPMaxPool2d as HBPMaxPool2d
-from hbp.core.layers.pooling import HBPMaxPool3d as HBPMaxPool3d
 from hbp.core.layers.shape import HBPFlatten as HBPFlatten
-from hbp.core.layers.shape import HBPIdentity as HBPIdentity
-from hbp.core.layers.shape import HBPUnflatten as HBPUnflatten
 from hbp.core.layers.shape import LinearRule as LinearRule
 from hbp.core.module import HBPModule as HBPModule
 from hbp.layers.activations import *  # noqa: F403  # It names nothing but layers.
@@ -42,6 +33,12 @@ from hbp.layers.normalization import HBPRMSNorm as HBPRMSNorm
 from hbp.layers.pooling import HBPAdaptiveMaxPool1d as HBPAdaptiveMaxPool1d
 from hbp.layers.pooling import HBPAdaptiveMaxPool2d as HBPAdaptiveMaxPool2d
 from hbp.layers.pooling import HBPAdaptiveMaxPool3d as HBPAdaptiveMaxPool3d
+from hbp.layers.pooling import HBPMaxPool1d as HBPMaxPool1d
+from hbp.layers.pooling import HBPMaxPool3d as HBPMaxPool3d
+from hbp.layers.shape import HBPIdentity as HBPIdentity
+from hbp.layers.shape import HBPUnflatten as HBPUnflatten
+from hbp.layers.transposed import HBPConv1d as HBPConv1d
+from hbp.layers.transposed import HBPConv3d as HBPConv3d
 from hbp.layers.transposed import HBPConvTranspose1d as HBPConvTranspose1d
 from hbp.layers.transposed import HBPConvTranspose2d as HBPConvTranspose2d
 from hbp.layers.transposed import HBPConvTranspose3d as HBPConvTranspose3d

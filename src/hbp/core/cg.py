@@ -121,7 +121,7 @@ def _start(
     # A radius that underflows would make x / radius NaN.
     tiny = torch.finfo(b.dtype).tiny
     bound = zero if radius is None else (radius / unit).clamp(min=tiny)
-    rr, no = _dot(r, r), zero > 0
+    rr, no = (r * r).sum(1, keepdim=True), zero > 0
     target = torch.maximum(tol * tol * rr, (atol / unit).square())
     vectors = torch.zeros_like(b), r, r.clone()
     return _State(*vectors, rr, target, bound, zero, no, no.clone(), zero.clone(), unit)
@@ -133,9 +133,9 @@ def _iterate(
     """One step of every active row, in place; which rows are active then."""
     x, r, p, rr, target, radius, iterations, bent, left, slope, _ = state
     Ap = product(p)
-    curvature, floor = _dot(p, Ap), torch.zeros_like(rr)
+    curvature, floor = (p * Ap).sum(1, keepdim=True), torch.zeros_like(rr)
     if null > 0:
-        pp = _dot(p, p)
+        pp = (p * p).sum(1, keepdim=True)
         floor = torch.maximum(slope, curvature / pp, out=slope) * pp * null
     advances, step = curvature > floor, rr / curvature
     bent |= active & (curvature <= floor)
@@ -151,7 +151,7 @@ def _iterate(
     x.addcmul_(step, p)
     r.addcmul_(step, Ap, value=-1)
     iterations += active
-    new = _dot(r, r)
+    new = (r * r).sum(1, keepdim=True)
     active = active & (new > target) & ~left
     torch.addcmul(r, p, torch.where(active, new / rr, 0), out=p)
     rr.copy_(new)
@@ -164,9 +164,9 @@ def _facts(done: _State, b: Tensor) -> Tensor:
     # Out of the units in float64: a float32 x can be large or small enough for its
     # square to have no number.
     wide = unit.double()
-    overlap = torch.where(left, _dot(x, r), 0) * wide * wide
+    overlap = torch.where(left, (x * r).sum(1, keepdim=True), 0) * wide * wide
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide.dtype) * wide
-    descent = _dot(x, b / unit) * wide * wide
+    descent = (x * (b / unit)).sum(1, keepdim=True) * wide * wide
     residual = rr.sqrt() * wide
     columns = iterations, residual, rr <= target, bent, left, overlap, norm, descent
     return torch.cat([column.to(wide) for column in columns], dim=1)
@@ -214,8 +214,3 @@ def check_trust_radius(radius: float | None) -> None:
             f"trust_radius={radius!r} must be a positive finite number: it bounds the "
             "norm of the solution. Use None for no bound."
         )
-
-
-def _dot(u: Tensor, v: Tensor) -> Tensor:
-    """Inner products row by row, [k, n] → [k, 1]."""
-    return (u * v).sum(1, keepdim=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .guards import full_precision, is_narrow, require_floats
-from .operators import ZeroOperator, require_room
+from .operators import require_room
+from .settings import rows_at_once
 
 Places = Sequence[Tensor] | Sequence[GradientEdge]
 At = Places | None
@@ -85,11 +86,12 @@ def _hessian(loss: Tensor, outputs: Tensor, at: At, each: bool) -> Tensor:
     # collects what belongs to sample n. On its way a row has some 8 images: with them
     # counted, 256 samples of 784 outputs take 41 MiB instead of 193, and less time.
     total, end = gradient.reshape(count, -1).sum(0), 0
-    for seeds in ZeroOperator(features, hessian).identity(8 * outputs.numel()):
-        rows = derivative(total, places, seeds.to(total.dtype))
+    seeds = torch.eye(features, dtype=total.dtype, device=total.device)
+    for some in seeds.split(rows_at_once(8 * outputs.numel())):
+        rows = derivative(total, places, some)
         if rows is None:  # Linear in the outputs, though not in something else.
             break
-        start, end = end, end + len(seeds)
+        start, end = end, end + len(some)
         part = rows.detach().to(dtype).reshape(-1, count, features)
         hessian[:, start:end] = part.transpose(0, 1) if each else part.sum(1)
     narrow = is_narrow(gradient.dtype)  # Its roundings are not symmetric.

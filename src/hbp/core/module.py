@@ -55,9 +55,8 @@ TRANSIENT: Final = ("hessian", "hessian_of", "line", "__getstate__")
 """Attributes of a parameter that belong to one batch, or to this very object."""
 
 NO_RULE: Final = (
-    "Undo parametrizations, as weight norm, by remove_parametrizations(), and pruning "
-    "by prune.remove(); give the Jacobian of a parameter of your own in "
-    "parameter_jacobians(), see the page Write a layer; or freeze it."
+    "Undo weight norm or pruning by parametrize.remove_parametrizations() or "
+    "prune.remove(); write a rule in parameter_jacobians(); or freeze it."
 )
 """What to do about a parameter without curvature."""
 
@@ -102,11 +101,6 @@ class Reading:
             return J.congruence(H, R)
         return J.mean_congruence(H, R, self.batch)
 
-    def term(self, second_order: Tensor, layer: HBPModule) -> Operator:
-        """mod(diag(Σ_k ∇²z_k δ_k)), from [N, ...]; averaged: summed, then modified."""
-        total = self.totalled(second_order, layer)
-        return DiagonalOperator(self.modify(total).flatten(), self.nonnegative)
-
     def totalled(self, second_order: Tensor, layer: HBPModule) -> Tensor:
         """What mod gets: the samples' terms, [N, ...], or their sum, [1, ...]."""
         total = second_order if self.samples else self.batch.total(second_order)
@@ -148,7 +142,7 @@ class Record:
         kind: dtype of the curvature w.r.t. z, at least float32, and its device.
         output_gradient: δ = ∂loss/∂z, [N, ...], once ``loss.backward()`` has run. It
             carries the 1/N of a mean loss.
-        keeps: Whether there is something kept.
+        keeps: What is kept, and its version; or None.
         awaits_gradient: Whether ``loss.backward()`` has still to come.
     """
 
@@ -158,9 +152,7 @@ class Record:
         self.input_shape, self.output_shape = x.shape, z.shape
         self.kind = torch.promote_types(z.dtype, torch.float32), z.device
         self.output_gradient: Tensor | None = None
-        self.keeps = keep is not None
-        if keep is not None:
-            self._kept, self._version = keep.detach(), keep._version
+        self.keeps: Any = None if keep is None else (keep.detach(), keep._version)
         own = chain(layer.parameters(recurse=False), layer.buffers(recurse=False))
         self._state = [(tensor, tensor._version) for tensor in own]
         self._accumulated = False
@@ -193,14 +185,15 @@ class Record:
         Raises:
             RuntimeError: it was overwritten, and its curvature would be wrong.
         """
-        if self._kept._version != self._version:
+        kept, version = self.keeps
+        if kept._version != version:
             raise RuntimeError(
-                f"An input or output of shape {list(self._kept.shape)} was changed in "
+                f"An input or output of shape {list(kept.shape)} was changed in "
                 "place after the forward pass, and its curvature with it. Call "
                 "backward_hessian() before overwriting it, or use an out-of-place "
                 "operation."
             )
-        return self._kept.to(torch.promote_types(self._kept.dtype, torch.float32))
+        return kept.to(torch.promote_types(kept.dtype, torch.float32))
 
     def delta_of(self, layer: nn.Module) -> Tensor:
         """δ, [N, ...], for a second-order term.
@@ -397,9 +390,8 @@ class HBPModule(nn.Module):
         with torch.no_grad(), full_precision():
             input_hessian, reading = as_batch(process_group).read(passage)
         # The optimizer tells the model when its step has used the curvature up.
-        for parameter, block in reading.blocks.items():
-            own = {"hessian": block, "hessian_of": weakref.ref(self), "line": None}
-            vars(parameter).update(own)
+        for p, block in reading.blocks.items():
+            vars(p).update(hessian=block, hessian_of=weakref.ref(self), line=None)
         return input_hessian
 
     def pull_back(
@@ -429,7 +421,10 @@ class HBPModule(nn.Module):
     def second_order_term(self, J: Jacobian, reading: Reading) -> Operator | None:
         """mod(Σ_k ∇²z_k δ_k), as the batch is read; None for 0."""
         second_order = self.second_order(J)
-        return None if second_order is None else reading.term(second_order, self)
+        if second_order is None:
+            return None
+        r = reading.modify(reading.totalled(second_order, self)).flatten()
+        return DiagonalOperator(r, reading.nonnegative)
 
     def _require_usable(self, H: Operator, reading: Reading) -> None:
         """Raise unless there is a record that ``H`` fits."""

@@ -184,17 +184,15 @@ class CGNewton(torch.optim.Optimizer):
 
     def _take(self, steps: Sequence[_Step]) -> None:
         """Update the parameters, once it is known that nothing is in the way."""
-        infos: dict[Tensor, StepInfo]
-        infos = {step.equation.parameter: step.checked() for step in steps}
+        self.last_step = {step.equation.parameter: step.checked() for step in steps}
         for step in steps:
             _, parameter, system = step.equation
             if parameter.is_contiguous():
                 system.add_to(parameter.view(-1), step.y, -step.lr)
             else:
                 parameter.add_(step.change())
-        self.last_step = infos
         # A second step needs another pass, and nothing of the batch stays alive.
-        drop_curvature(p for p in infos if "hessian_of" in vars(p))
+        drop_curvature(p for p in self.last_step if "hessian_of" in vars(p))
 
 
 class _Equation(NamedTuple):
@@ -407,11 +405,12 @@ def _damped(
 ) -> Callable[[Sequence[int], Tensor], Product]:
     """p ↦ [(1-α) λ H + αI] p, row by row. Rows with the same H share its product."""
     operators = [system.operator for system in systems for _ in system.scales]
+    numbers = list(map(id, operators))
     scales = torch.cat([s.scales for s in systems])[:, None] * (1 - alpha)
 
     def product_of(live: Sequence[int], places: Tensor) -> Product:
         # A weight and its bias stand side by side: one product serves both.
-        runs = [list(same) for _, same in groupby(live, lambda i: id(operators[i]))]
+        runs = [list(same) for _, same in groupby(live, numbers.__getitem__)]
         counts, shared = [len(run) for run in runs], [operators[run[0]] for run in runs]
         factors = scales[places].split(counts)
 

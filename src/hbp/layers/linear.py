@@ -9,6 +9,18 @@ from hbp.core.layers.shape import LinearRule as _LinearRule
 from hbp.layers.general import AffineRule as _AffineRule
 
 
+class HBPAvgPool1d(_LinearRule, _nn.AvgPool1d):
+    """``torch.nn.AvgPool1d`` that sends curvature backward."""
+
+
+class HBPAvgPool2d(_LinearRule, _nn.AvgPool2d):
+    """``torch.nn.AvgPool2d`` that sends curvature backward."""
+
+
+class HBPAvgPool3d(_LinearRule, _nn.AvgPool3d):
+    """``torch.nn.AvgPool3d`` that sends curvature backward."""
+
+
 class HBPAdaptiveAvgPool1d(_LinearRule, _nn.AdaptiveAvgPool1d):
     """``torch.nn.AdaptiveAvgPool1d`` that sends curvature backward."""
 

@@ -47,3 +47,15 @@ class HBPAdaptiveMaxPool3d(AdaptiveMaxPoolRule, nn.AdaptiveMaxPool3d):
     """``torch.nn.AdaptiveMaxPool3d`` that sends curvature backward."""
 
     input_dimensions = 5
+
+
+class HBPMaxPool1d(MaxPoolRule, nn.MaxPool1d):
+    """``torch.nn.MaxPool1d`` that sends curvature backward."""
+
+    input_dimensions = 3
+
+
+class HBPMaxPool3d(MaxPoolRule, nn.MaxPool3d):
+    """``torch.nn.MaxPool3d`` that sends curvature backward."""
+
+    input_dimensions = 5

@@ -36,3 +36,14 @@ class HBPReshape(RearrangementRule, _Reshape):
         shape: The new shape; ``None`` stands for the number of samples, and is first,
             or -1 is.
     """
+
+
+class HBPUnflatten(RearrangementRule, nn.Unflatten):
+    """``torch.nn.Unflatten`` that sends curvature backward.
+
+    The batch dimension must stay as it is.
+    """
+
+
+class HBPIdentity(RearrangementRule, nn.Identity):
+    """``torch.nn.Identity`` that sends curvature backward."""

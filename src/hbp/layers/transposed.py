@@ -50,3 +50,15 @@ class HBPConvTranspose3d(TransposedRule, nn.ConvTranspose3d):
     """``torch.nn.ConvTranspose3d`` that sends curvature backward."""
 
     input_dimensions = 5
+
+
+class HBPConv1d(ConvolutionRule, nn.Conv1d):
+    """``torch.nn.Conv1d`` that sends curvature backward."""
+
+    input_dimensions = 3
+
+
+class HBPConv3d(ConvolutionRule, nn.Conv3d):
+    """``torch.nn.Conv3d`` that sends curvature backward."""
+
+    input_dimensions = 5

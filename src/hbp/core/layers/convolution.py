@@ -111,19 +111,7 @@ class Convolution(NamedTuple):
         return gradients[which]
 
 
-class HBPConv1d(ConvolutionRule, nn.Conv1d):
-    """``torch.nn.Conv1d`` that sends curvature backward."""
-
-    input_dimensions = 3
-
-
 class HBPConv2d(ConvolutionRule, nn.Conv2d):
     """``torch.nn.Conv2d`` that sends curvature backward."""
 
     input_dimensions = 4
-
-
-class HBPConv3d(ConvolutionRule, nn.Conv3d):
-    """``torch.nn.Conv3d`` that sends curvature backward."""
-
-    input_dimensions = 5

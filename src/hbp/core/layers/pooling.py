@@ -10,19 +10,6 @@ from torch import Tensor, nn
 
 from ..jacobians import Jacobian, Selection
 from ..module import HBPModule
-from .shape import LinearRule
-
-
-class HBPAvgPool1d(LinearRule, nn.AvgPool1d):
-    """``torch.nn.AvgPool1d`` that sends curvature backward."""
-
-
-class HBPAvgPool2d(LinearRule, nn.AvgPool2d):
-    """``torch.nn.AvgPool2d`` that sends curvature backward."""
-
-
-class HBPAvgPool3d(LinearRule, nn.AvgPool3d):
-    """``torch.nn.AvgPool3d`` that sends curvature backward."""
 
 
 class MaxPoolRule(HBPModule):
@@ -56,14 +43,14 @@ class MaxPoolRule(HBPModule):
     def jacobian(self) -> Jacobian:
         x, z = self.last_record.kept, self.last_record.output_shape
         index = self.pooled(x)[1]
-        channels, plane = x.shape[1], x.shape[2:].numel()
-        starts = torch.arange(channels, device=x.device)[:, None] * plane
+        starts = (
+            torch.arange(x.shape[1], device=x.device)[:, None] * x.shape[2:].numel()
+        )
         windows = self._windows(x.shape[2:], z[2:], x.device)
         # Every channel has its own plane: [C, positions, places], -1 in the padding.
         places = (windows + starts[..., None]).where(windows >= 0, -1)
         index = (index.flatten(2) + starts).flatten(1).unsqueeze(2)
-        places = places.flatten(0, 1)
-        return Selection(index, x.new_ones(1), places, x.shape[1:], z[1:])
+        return Selection(index, x.new_ones(1), places.flatten(0, 1), x.shape[1:], z[1:])
 
     def _windows(
         self, sizes: torch.Size, counts: torch.Size, device: torch.device
@@ -98,19 +85,7 @@ class MaxPoolRule(HBPModule):
         return first + torch.arange(kernel, device=places.device) * dilation
 
 
-class HBPMaxPool1d(MaxPoolRule, nn.MaxPool1d):
-    """``torch.nn.MaxPool1d`` that sends curvature backward."""
-
-    input_dimensions = 3
-
-
 class HBPMaxPool2d(MaxPoolRule, nn.MaxPool2d):
     """``torch.nn.MaxPool2d`` that sends curvature backward."""
 
     input_dimensions = 4
-
-
-class HBPMaxPool3d(MaxPoolRule, nn.MaxPool3d):
-    """``torch.nn.MaxPool3d`` that sends curvature backward."""
-
-    input_dimensions = 5

@@ -42,14 +42,3 @@ class HBPFlatten(RearrangementRule, nn.Flatten):
 
     The batch dimension must stay, as with the default ``start_dim=1``.
     """
-
-
-class HBPUnflatten(RearrangementRule, nn.Unflatten):
-    """``torch.nn.Unflatten`` that sends curvature backward.
-
-    The batch dimension must stay as it is.
-    """
-
-
-class HBPIdentity(RearrangementRule, nn.Identity):
-    """``torch.nn.Identity`` that sends curvature backward."""
