@@ -43,9 +43,8 @@ class MaxPoolRule(HBPModule):
     def jacobian(self) -> Jacobian:
         x, z = self.last_record.kept, self.last_record.output_shape
         index = self.pooled(x)[1]
-        starts = (
-            torch.arange(x.shape[1], device=x.device)[:, None] * x.shape[2:].numel()
-        )
+        plane = x.shape[2:].numel()
+        starts = torch.arange(0, x[0].numel(), plane, device=x.device)[:, None]
         windows = self._windows(x.shape[2:], z[2:], x.device)
         # Every channel has its own plane: [C, positions, places], -1 in the padding.
         places = (windows + starts[..., None]).where(windows >= 0, -1)
@@ -78,11 +77,10 @@ class MaxPoolRule(HBPModule):
 
         Whatever is not in 0, …, size - 1 is padding.
         """
-        options = self.kernel_size, self.stride, self.padding, self.dilation
-        own = (o if isinstance(o, int) else o[d] for o in options)
-        kernel, stride, padding, dilation = own
+        own = self.kernel_size, self.stride, self.padding, self.dilation
+        width, stride, padding, step = (o if isinstance(o, int) else o[d] for o in own)
         first = (places * stride - padding)[:, None]
-        return first + torch.arange(kernel, device=places.device) * dilation
+        return first + torch.arange(width, device=places.device) * step
 
 
 class HBPMaxPool2d(MaxPoolRule, nn.MaxPool2d):
