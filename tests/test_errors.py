@@ -84,10 +84,14 @@ def test_step_after_zero_grad() -> None:
 
 
 def test_second_step_with_old_curvature() -> None:
-    """The chain notices that the weights above have moved."""
+    """The first step used it up; and the chain notices that weights have moved."""
     model = trained()
     optimizer = CGNewton(model.parameters(), 0.1, 0.1)
+    kept = [p.hessian for p in model.parameters()]
     optimizer.step()
+    refuses(model, RuntimeError, "no curvature for parameter 0", optimizer.step)
+    for p, hessian in zip(model.parameters(), kept, strict=True):
+        p.hessian = hessian
     refuses(model, RuntimeError, "has changed since", optimizer.step)
 
 

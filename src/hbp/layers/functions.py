@@ -26,7 +26,9 @@ class _Call(nn.Module):
         return self.function(input, *self.args, **self.options)
 
     def extra_repr(self) -> str:
-        return f"{self.function.__name__}, {self.args}, {self.options}"
+        name = getattr(self.function, "__name__", repr(self.function))
+        options = [f"{key}={value!r}" for key, value in self.options.items()]
+        return ", ".join([name, *map(repr, self.args), *options])
 
 
 class HBPElementwise(ElementwiseRule, _Call):
@@ -84,11 +86,6 @@ class HBPElementwise(ElementwiseRule, _Call):
     def second_derivative(self, x: Tensor, first: Tensor) -> Tensor | None:
         """φ''(x)."""
         return self.second(x) if self.second else super().second_derivative(x, first)
-
-    def extra_repr(self) -> str:
-        """The function's name and the batch scheme."""
-        name = getattr(self.function, "__name__", repr(self.function))
-        return f"{name}, {super().extra_repr()}"
 
 
 class HBPCall(AffineRule, _Call):
