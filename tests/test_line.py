@@ -678,3 +678,17 @@ def test_a_step_that_raised_the_loss_is_taken_back() -> None:
     assert not all(
         torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)
     )
+
+
+def test_a_model_that_is_gone_leaves_shared_parameters_usable() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(7, 5).double(), torch.randint(3, (7,))
+    for _ in range(2):
+        model = convert(net)  # The first one is collected, its pass without a step.
+        model.zero_grad()
+        outputs = model(x)
+        hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+        del model, outputs
+        gc.collect()
+    CGNewton(net.parameters()).zero_grad()
+    assert all(p.hessian is None for p in net.parameters())

@@ -492,6 +492,9 @@ def test_errors_are_the_same_with_and_without_a_matrix(both_ways: Any) -> None:
         # A second step on the same curvature is refused too.
         optimizer = hbp.CGNewton(model.parameters(), 0.1, 0.1)
         before = [p.detach().clone() for p in model.parameters()]
+        for p, hessian in zip(model.parameters(), hessians, strict=True):
+            assert p.hessian is None
+            p.hessian = hessian
         with pytest.raises(RuntimeError, match="has changed since") as again:
             optimizer.step()
         assert all(map(torch.equal, before, model.parameters()))

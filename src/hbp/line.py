@@ -463,7 +463,7 @@ def _warn_of_a_promise(steps: Sequence[newton._Step]) -> bool:
             f"The step promises to lower the loss by {promise:.3g}, but the loss has "
             f"only {room:.3g} above its lower bound: the model means nothing so far "
             "away. Leave lr away, so that CGNewton finds the length, or lower it.",
-            stacklevel=5,
+            stacklevel=6,
         )
     return too_much
 

@@ -568,11 +568,11 @@ class HBPModule(nn.Module):
 
 def drop_curvature(parameters: Iterable[Tensor]) -> None:
     """Clear ``p.hessian``, and what its pass has kept of the batch."""
-    owners = set()
+    models: set[Any] = set()
     for parameter in parameters:
-        owners.add(vars(parameter).pop("hessian_of", None))
+        models.add((owner := vars(parameter).pop("hessian_of", None)) and owner())
         vars(parameter).update(hessian=None, line=None)
-    for model in filter(None, (owner() for owner in owners if owner)):
+    for model in models - {None}:
         layers = [m for m in model.modules() if "last_record" in vars(m)]
         # A forward pass of which the backward pass has still to come is another one.
         if not any(layer.last_record.awaits_gradient for layer in layers):
