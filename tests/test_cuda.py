@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import hbp
 from hbp import CGNewton, HBPModule, batch_summed_hessian, convert, per_sample_hessian
 
 pytestmark = pytest.mark.skipif(
@@ -131,3 +132,40 @@ def test_trains_under_autocast_with_a_grad_scaler(
         scaler.update()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_lengths_are_those_of_the_cpu(network: str) -> None:
+    model, x, y = prepared(network, "averaged Jacobians")
+    here, x = model.double(), x.double()
+    there = copy.deepcopy(here).cuda()
+    lengths: list[list[float]] = []
+    for twin, inputs, labels in [(here, x, y), (there, x.cuda(), y.cuda())]:
+        optimizer = CGNewton(twin.parameters(), cg_tol=1e-9)
+        lengths.append([])
+        for _ in range(3):
+            outputs = twin(inputs)
+            optimizer.zero_grad()
+            hbp.backward(twin, outputs, cross_entropy(outputs, labels))
+            optimizer.step()
+            assert optimizer.last_line is not None
+            lengths[-1].append(optimizer.last_line.length)
+    assert lengths[1] == pytest.approx(lengths[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lengths_under_autocast(dtype: torch.dtype) -> None:
+    model, x, y = prepared("convolutions", "averaged Jacobians")
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    optimizer, losses = CGNewton(model.parameters()), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype):
+            outputs = model(x)
+            loss = cross_entropy(outputs, y)
+        hbp.backward(model, outputs, loss, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2

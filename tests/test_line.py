@@ -197,16 +197,40 @@ def test_a_penalty_sends_its_gradient() -> None:
     CGNewton(model.parameters()).step()
 
 
-def test_a_scale_of_the_gradient_alone() -> None:
+def test_a_scaler_scales_the_gradient_alone() -> None:
     model, x, y = prepared()
     twin = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     outputs = model(x)
     hbp.backward(model, outputs, F.cross_entropy(outputs, y))
     outputs = twin(x)
-    hbp.backward(twin, outputs, F.cross_entropy(outputs, y), loss_scale=1024.0)
+    hbp.backward(twin, outputs, F.cross_entropy(outputs, y), scaler=scaler)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(1024 * p.grad, q.grad)
         torch.testing.assert_close(p.hessian.to_dense(), q.hessian.to_dense())
+
+
+def test_a_training_with_a_scaler_skips_what_overflows() -> None:
+    model, x, y = prepared()
+    model, x = model.float(), x.float()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
+    optimizer, losses, skipped = CGNewton(model.parameters()), [], []
+    for _ in range(20):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            outputs = model(x)
+            loss = F.cross_entropy(outputs, y)
+        hbp.backward(model, outputs, loss, scaler=scaler)
+        skipped.append(model[0].weight.hessian is None)
+        scaler.step(optimizer)
+        scaler.update()
+        stayed = all(map(torch.equal, before, model.parameters()))
+        assert stayed == skipped[-1]
+        losses.append(loss.item())
+    assert skipped[0]
+    assert not skipped[-1]
+    assert losses[-1] < losses[0] / 2
 
 
 def test_a_model_that_sends_no_curvature_is_refused() -> None:

@@ -51,7 +51,7 @@ def backward(
     exact: bool = False,
     lower_bound: float | None = 0.0,
     process_group: object = None,
-    loss_scale: float = 1.0,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Send the gradient and the curvature of a loss backward, in one call.
 
@@ -85,7 +85,9 @@ def backward(
             tightly. ``None`` for a loss without a bound.
         process_group: As of ``backward_hessian``. Gradients are the business of
             ``DistributedDataParallel`` or of ``hbp.distributed.average``.
-        loss_scale: What the gradients are multiplied by, as ``scaler.get_scale()``.
+        scaler: What scales the gradients, instead of ``scaler.scale(loss)``. If they
+            overflow there is no curvature, and ``scaler.step(optimizer)`` will take
+            no step.
 
     Raises:
         TypeError: ``model`` is no HBP module.
@@ -101,15 +103,18 @@ def backward(
     line = Line(model, outputs, loss, lower_bound, process_group)
     gradient = line.gradient.detach().to(outputs.dtype)
     if _has_further_leaves(loss, outputs):
-        loss.backward(torch.full_like(loss, loss_scale), retain_graph=True)
+        (scaler.scale(loss) if scaler else loss).backward(retain_graph=True)
     else:  # The graph of the loss alone stays, for the curvature along the step.
-        outputs.backward(gradient * loss_scale)
+        outputs.backward(scaler.scale(gradient) if scaler else gradient)
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    if scaler and not all(bool(grad.isfinite().all()) for grad in found):
+        return
     treatment = "none" if curvature == "hessian" else curvature
     model.backward_hessian(
         hessian,
         modify_2nd_order_terms=treatment,
         process_group=process_group,
-        loss_scale=loss_scale,
+        loss_scale=scaler.get_scale() if scaler else 1.0,
     )
     for parameter in model.parameters():
         if parameter.requires_grad:
