@@ -350,6 +350,54 @@ def answers(group: dist.ProcessGroup, size: int) -> dict[str, Any]:
     }
 
 
+def find_lengths(
+    task: Task,
+    part: slice,
+    group: dist.ProcessGroup | None = None,
+    wrapped: bool = False,
+) -> tuple[list[float], Tensor]:
+    """Of steps without a learning rate, and where they lead."""
+    model = new_model(task)
+    called: nn.Module = model
+    if wrapped:
+        called = DistributedDataParallel(model, process_group=group)
+    inputs, labels = (tensor[part] for tensor in new_batch(task))
+    optimizer = hbp.CGNewton(model.parameters(), cg_tol=1e-13, cg_atol=0.0)
+    lengths = []
+    for _ in range(STEPS):
+        outputs = called(inputs)
+        loss = cross_entropy(outputs, labels)
+        if group is not None:
+            loss = joint_weight(len(inputs), group) * loss
+        optimizer.zero_grad()
+        exact = task.scheme == "exact"
+        hbp.backward(model, outputs, loss, exact=exact, process_group=group)
+        if group is not None and not wrapped:
+            average([p.grad for p in model.parameters() if p.grad is not None], group)
+        optimizer.step()
+        assert optimizer.last_line is not None
+        lengths.append(optimizer.last_line.length)
+    return lengths, flat(model)
+
+
+def compare_lengths(group: dist.ProcessGroup, size: int) -> list[dict[str, Any]]:
+    """Those of the group beside those of one process with the whole batch."""
+    rows = []
+    for scheme, wrapped in itertools.product(["averaged Jacobians", "exact"], [0, 1]):
+        task = Task("convolutional", scheme, "abs")
+        part = part_of(dist.get_rank(), size)
+        together, found = find_lengths(task, part, group, bool(wrapped))
+        alone, expected = find_lengths(task, slice(SAMPLES))
+        rows.append(
+            {
+                "together": together,
+                "alone": alone,
+                "error": (found - expected).abs().max().item(),
+            }
+        )
+    return rows
+
+
 def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
@@ -369,6 +417,7 @@ def main() -> None:
                 "messages": count_messages(group, size),
                 "said": break_things(group, size),
                 "answers": answers(group, size),
+                "lengths": compare_lengths(group, size),
             }
     if rank < 2:
         found["tutorial"] = count_for_tutorial(pair)
