@@ -39,7 +39,6 @@ ACTIVATIONS = [
     hbp.HBPHardtanh,
     hbp.HBPReLU6,
     hbp.HBPHardswish,
-    hbp.HBPHardsigmoid,
 ]
 
 

@@ -402,7 +402,9 @@ def test_a_loss_without_curvature_goes_as_far_as_its_bound_allows() -> None:
     assert info.curvature == 0
     assert info.promised_decrease == pytest.approx(loss)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ArithmeticError, match=r"linear.*Give CGNewton an lr"):
+    with pytest.raises(
+        ArithmeticError, match=r"no length is the best.*give CGNewton an lr"
+    ):
         one_step(optimizer, model, x, y, absolute, lower_bound=None)
     for p, b in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, b)
@@ -716,3 +718,196 @@ def test_a_model_that_is_gone_leaves_shared_parameters_usable() -> None:
         gc.collect()
     CGNewton(net.parameters()).zero_grad()
     assert all(p.hessian is None for p in net.parameters())
+
+
+# --------------------------------------------------------------------------------------
+# Mistakes that are easy to make.
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: F.log_softmax(z, 1),
+        lambda z: z / 0.1,
+        lambda z: z.flip(0),
+        lambda z: z[:5],
+        lambda z: z.T.contiguous().view(7, 3),
+    ],
+    ids=["softmax", "temperature", "order", "mask", "transposed"],
+)
+@pytest.mark.parametrize("network", ["dense", "residual"])
+def test_outputs_are_those_of_the_model(
+    network: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    model, x, y = prepared(network)
+    outputs = change(model(x))
+    # Cross-entropy would not mind log-softmax twice.
+    loss = F.nll_loss(outputs, y[: len(outputs)])
+    with pytest.raises(ValueError, match=r"not those of the last forward pass"):
+        hbp.backward(model, outputs, loss)
+    assert all(p.hessian is None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="no curvature"):
+        CGNewton(model.parameters()).step()
+
+
+def test_outputs_may_be_a_view() -> None:
+    model, x, _ = prepared()
+    losses = []
+    optimizer = CGNewton(model.parameters())
+    for _ in range(3):
+        outputs = model(x).view(7, 3, 1).squeeze(2)
+        optimizer.zero_grad()
+        loss = (outputs - 1).square().mean()
+        hbp.backward(model, outputs, loss)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_outputs_of_another_model() -> None:
+    (model, x, y), (other, *_) = prepared(), prepared()
+    outputs = model(x)
+    hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+    outputs = other(3 * x)
+    with pytest.raises(RuntimeError, match="before a forward pass through"):
+        hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+    model(x)
+    outputs = other(3 * x)
+    with pytest.raises(RuntimeError, match="before loss.backward"):
+        hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+
+
+def test_another_forward_pass_before_the_step() -> None:
+    model, x, y = prepared()
+    optimizer = CGNewton(model.parameters())
+    outputs = model(x)
+    hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+    with torch.no_grad():
+        model(2 * x)
+    model(2 * x)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"another forward pass.*torch.no_grad"):
+        optimizer.step()
+    for p, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, b)
+
+
+def test_parameters_that_changed_before_the_step() -> None:
+    """Of a layer whose curvature no other block reads."""
+    layers = nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)
+    model = convert(nn.Sequential(*layers).double())
+    optimizer = CGNewton(model[0].parameters())
+    outputs = model(torch.randn(7, 5).double())
+    hbp.backward(model, outputs, outputs.square().mean())
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="has changed since"):
+        optimizer.step()
+
+
+def test_a_failed_pass_leaves_no_earlier_one_behind() -> None:
+    model, x, y = prepared()
+    optimizer = CGNewton(model.parameters())
+    outputs = model(x)
+    hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+    outputs = model(x)
+    with pytest.raises(RuntimeError, match="sum over several passes"):
+        hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+    with pytest.raises(RuntimeError, match="no curvature"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"curvature": "fisher"}, ValueError),
+        ({"lower_bound": "0"}, ValueError),
+        ({"lower_bound": math.nan}, ValueError),
+        ({"scaler": "x"}, TypeError),
+    ],
+)
+def test_arguments_are_looked_at_before_a_gradient_is_sent(
+    option: dict[str, object], error: type[Exception]
+) -> None:
+    model, x, y = prepared()
+    outputs = model(x)
+    with pytest.raises(error, match=next(iter(option))):
+        hbp.backward(model, outputs, F.cross_entropy(outputs, y), **option)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_of_one_entry() -> None:
+    model, x, y = prepared()
+    optimizer = CGNewton(model.parameters())
+    outputs = model(x)
+    hbp.backward(model, outputs, F.cross_entropy(outputs, y).view(1))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fault", ["no step", "a step that fails", "a head alone"])
+def test_a_model_that_is_dropped_is_freed(fault: str) -> None:
+    """A graph in an attribute of a parameter would keep both alive, unseen by gc."""
+    model, x, y = prepared()
+    outputs = model(x)
+    hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+    if fault == "a step that fails":
+        next(model.parameters()).grad.fill_(math.nan)
+        with pytest.raises(ArithmeticError):
+            CGNewton(model.parameters()).step()
+    elif fault == "a head alone":
+        CGNewton(model[-1].parameters()).step()
+    gone = weakref.ref(model), weakref.ref(next(model.parameters()))
+    del model, outputs
+    gc.collect()
+    assert [thing() for thing in gone] == [None, None]
+
+
+def test_a_scale_that_half_precision_needs() -> None:
+    """It multiplies while there are digits: most of these gradients round to 0."""
+    model, x, _ = prepared(samples=4096)
+    model, x = model.float(), x.float()
+    y = torch.zeros(4096, dtype=torch.long)
+    with torch.no_grad():
+        list(model.parameters())[-1].copy_(torch.tensor([9.0, 0, 0]))
+    gradients = []
+    for scaled in (False, True):
+        twin = copy.deepcopy(model)
+        with torch.autocast("cpu", torch.float16, enabled=scaled):
+            outputs = twin(x)
+            loss = F.cross_entropy(outputs, y)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=scaled)
+        hbp.backward(twin, outputs, loss, scaler=scaler)
+        gradients.append(next(twin.parameters()).grad / scaler.get_scale())
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=1e-6)
+
+
+def test_a_step_is_taken_back_whatever_was_promised() -> None:
+    """Also by a closure, before which there was no gradient; and α rises."""
+    model, x, y = prepared()
+    optimizer = CGNewton(model.parameters(), lr=300.0, alpha=0.01)
+    damping = hbp.LevenbergMarquardt(optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        outputs = model(x)
+        loss = F.cross_entropy(outputs, y)
+        three_calls(model, outputs, loss, "abs", False)
+        return loss
+
+    loss = optimizer.step(closure)
+    assert sum(i.undamped_decrease for i in optimizer.last_step.values()) < 0
+    with torch.no_grad():
+        after = F.cross_entropy(model(x), y)
+    assert after > loss
+    damping.step(loss, after)
+    assert optimizer.param_groups[0]["alpha"] > 0.01
+    for p, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, b)
+
+
+def test_a_decay_beyond_all_weights_is_refused() -> None:
+    model, _, _ = prepared()
+    with pytest.raises(ValueError, match=r"weight_decay=3.0 at lr=1.0"):
+        CGNewton(model.parameters(), weight_decay=3.0)

@@ -317,3 +317,27 @@ def test_a_softmax_over_the_samples_is_refused(kind: type[hbp.HBPModule]) -> Non
             layer.backward_hessian(torch.eye(features).double(), True)
     check_layer(kind(), randn(3, 4))
     check_layer(kind(), randn(2, 2, 2, 2))
+
+
+@pytest.mark.parametrize("treatment", ["none", "zero", "abs", "clip"])
+def test_hardsigmoid_has_the_curvature_of_its_pieces(treatment: str) -> None:
+    """torch cannot differentiate it twice; the same function by a clamp it can."""
+
+    def pieces(x: Tensor) -> Tensor:
+        return (x / 6 + 0.5).clamp(0, 1)
+
+    found = []
+    for activation in (hbp.HBPHardsigmoid(), hbp.HBPElementwise(pieces)):
+        torch.manual_seed(0)
+        model = hbp.HBPSequential(
+            hbp.HBPLinear(4, 6), activation, hbp.HBPLinear(6, 3)
+        ).double()
+        x, y = 4 * randn(9, 4), torch.arange(9) % 3
+        outputs = model(x)
+        loss = nn.functional.cross_entropy(outputs, y)
+        H = hbp.batch_summed_hessian(loss, outputs)
+        loss.backward()
+        model.backward_hessian(H, modify_2nd_order_terms=treatment)
+        found.append([p.hessian.to_dense() for p in model.parameters()])
+    for left, right in zip(*found, strict=True):
+        close(left, right)

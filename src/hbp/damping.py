@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -78,8 +78,7 @@ class LevenbergMarquardt:
                     f"[{min_alpha!r}, {max_alpha!r}]. Start within, or widen the "
                     "bounds with min_alpha and max_alpha."
                 )
-        self._before: list[tuple[Tensor, Tensor]] = []
-        optimizer.register_step_pre_hook(self._keep)
+        optimizer.register_step_pre_hook(_keep)
         self.optimizer = optimizer
         self.factor = factor
         self.min_alpha = min_alpha
@@ -113,11 +112,12 @@ class LevenbergMarquardt:
         if abs(predicted) <= RESOLUTION * abs(before):
             return math.nan
         ratio = (before - after) / predicted if math.isfinite(after) else -math.inf
-        if not after <= before:
+        rose = not after <= before
+        if rose:
             self._take_back()
-        if ratio > 3 / 4:
+        if ratio > 3 / 4 and not rose:
             self._scale(1 / self.factor)
-        elif ratio < 1 / 4:
+        elif rose or ratio < 1 / 4:
             self._scale(self.factor)
         return ratio
 
@@ -139,15 +139,9 @@ class LevenbergMarquardt:
             f"{self.max_alpha!r}. Otherwise scale the loss: its numbers are too large."
         )
 
-    def _keep(self, optimizer: CGNewton, args: object, kwargs: object) -> None:
-        """Before a step: what it starts from."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        trained = [p for p in parameters if p.grad is not None]
-        self._before = [(p, p.detach().clone()) for p in trained]
-
     @torch.no_grad()
     def _take_back(self) -> None:
-        for parameter, value in self._before:
+        for parameter, value in vars(self.optimizer)["before_step"]:
             parameter.copy_(value)
 
     def _scale(self, factor: float) -> None:
@@ -155,6 +149,13 @@ class LevenbergMarquardt:
             damping = factor * group["alpha"] / (1 - group["alpha"])
             alpha = damping / (1 + damping)
             group["alpha"] = min(max(alpha, self.min_alpha), self.max_alpha)
+
+
+def _keep(optimizer: Any, args: object, kwargs: object) -> None:
+    """Before a step: what it starts from."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for p in parameters if p.requires_grad]
+    vars(optimizer)["before_step"] = [(p, p.detach().clone()) for p in trained]
 
 
 def _loss(name: str, value: object) -> float:

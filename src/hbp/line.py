@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from hbp.convert import Converted
@@ -32,7 +33,7 @@ from hbp.core import newton
 from hbp.core.containers import HBPResidual, HBPSequential
 from hbp.core.guards import is_narrow, is_number
 from hbp.core.losses import derivative
-from hbp.core.module import HBPModule
+from hbp.core.module import HBPModule, drop_curvature
 from hbp.distributed import average
 from hbp.losses import batch_summed_hessian, casts, per_sample_hessian
 
@@ -90,25 +91,27 @@ def backward(
             no step.
 
     Raises:
-        TypeError: ``model`` is no HBP module.
-        ValueError, RuntimeError, ArithmeticError: as ``batch_summed_hessian`` and
+        TypeError: ``model`` is no HBP module, or ``scaler`` no scaler.
+        ValueError: another argument is out of its range, or the outputs are not those
+            of the last forward pass of ``model``.
+        RuntimeError, ArithmeticError: as ``batch_summed_hessian`` and
             ``backward_hessian``.
     """
-    if not isinstance(model, HBPModule):
-        raise TypeError(
-            f"model is a {type(model).__name__}, which sends no curvature backward. "
-            "Use HBP layers, or hbp.convert(model); of a wrapper pass model.module."
-        )
+    _check_arguments(model, curvature, lower_bound, scaler)
+    drop_curvature(model.parameters())  # Should this pass fail, no other one counts.
     hessian = (per_sample_hessian if exact else batch_summed_hessian)(loss, outputs)
     line = Line(model, outputs, loss, lower_bound, process_group)
-    gradient = line.gradient.detach().to(outputs.dtype)
+    gradient = line.gradient.detach()
+    if scaler:  # While there are digits: half precision may have none for it.
+        gradient = scaler.scale(gradient)
+    gradient = gradient.to(outputs.dtype)
     if _has_further_leaves(loss, outputs):
         (scaler.scale(loss) if scaler else loss).backward(retain_graph=True)
     else:  # The graph of the loss alone stays, for the curvature along the step.
-        outputs.backward(scaler.scale(gradient) if scaler else gradient)
-    found = [p.grad for p in model.parameters() if p.grad is not None]
-    if scaler and not all(bool(grad.isfinite().all()) for grad in found):
+        outputs.backward(gradient)
+    if scaler and _have_overflowed(model, process_group):
         return
+    _require_own(model, outputs, gradient)
     treatment = "none" if curvature == "hessian" else curvature
     model.backward_hessian(
         hessian,
@@ -116,9 +119,76 @@ def backward(
         process_group=process_group,
         loss_scale=scaler.get_scale() if scaler else 1.0,
     )
+    # A parameter that held the line would keep the graph alive, and the graph it.
+    vars(model)["line"] = line
     for parameter in model.parameters():
         if parameter.requires_grad:
-            vars(parameter)["line"] = line
+            vars(parameter)["line"] = weakref.ref(line)
+
+
+def _check_arguments(
+    model: object, curvature: object, lower_bound: object, scaler: object
+) -> None:
+    """Raise before a gradient is sent."""
+    if not isinstance(model, HBPModule):
+        raise TypeError(
+            f"model is a {type(model).__name__}, which sends no curvature backward. "
+            "Use HBP layers, or hbp.convert(model); of a wrapper pass the HBP model "
+            "in it."
+        )
+    if curvature not in ("abs", "clip", "ggn", "zero", "hessian", "none"):
+        raise ValueError(
+            f"curvature={curvature!r} is unknown. Choose 'abs', 'clip', 'ggn' or "
+            "'hessian'."
+        )
+    real = is_number(lower_bound) and math.isfinite(lower_bound)
+    if lower_bound is not None and not real:
+        raise ValueError(
+            f"lower_bound={lower_bound!r} must be a finite number, or None for a loss "
+            "without a bound."
+        )
+    if not isinstance(scaler, torch.amp.GradScaler | None):
+        raise TypeError(
+            f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler."
+        )
+
+
+def _have_overflowed(model: HBPModule, process_group: Any) -> bool:
+    """Whether a gradient of this process, or of another one, is not finite."""
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    bad = not all(bool(gradient.isfinite().all()) for gradient in found)
+    if process_group is None or not found:
+        return bad
+    average([share := found[0].new_tensor(float(bad))], process_group)
+    return bool(share > 0)
+
+
+def _require_own(model: HBPModule, outputs: Tensor, sent: Tensor) -> None:
+    """Raise ValueError unless the last layer got the very gradient of the outputs."""
+    layer: nn.Module = model
+    while isinstance(layer, HBPSequential | HBPResidual | Converted):
+        if isinstance(layer, HBPSequential):
+            children = [*layer.children()]
+            if not children:
+                return
+            layer = children[-1]
+        else:
+            layer = (
+                layer.branch
+                if isinstance(layer, HBPResidual)
+                else vars(layer)["_chain"]
+            )
+    record = vars(layer).get("last_record")
+    if record is None or record.output_gradient is None:
+        return
+    delta, own = record.output_gradient.flatten(), sent.flatten()
+    norm = torch.linalg.vector_norm
+    if len(delta) != len(own) or norm(delta - own.to(delta)) > 1e-2 * norm(delta):
+        raise ValueError(
+            f"outputs of shape {list(outputs.shape)} are not those of the last forward "
+            "pass of model. Pass model(inputs) itself, and compute what follows, "
+            "a softmax, a temperature, a mask or another order, in the loss."
+        )
 
 
 class Line:
@@ -143,9 +213,12 @@ class Line:
         lower_bound: float | None,
         process_group: Any,
     ) -> None:
-        self.model, self.outputs, self.loss = model, outputs, loss.detach()
+        self._model = weakref.ref(model)
+        self.outputs, self.loss = outputs, loss.detach().reshape(())
         self.bound = -math.inf if lower_bound is None else lower_bound
         self.process_group = process_group
+        layers = [m for m in model.modules() if "last_record" in vars(m)]
+        self._records: dict[Any, Any] = {m: m.last_record for m in layers}
         narrow = is_narrow(outputs.dtype)
         self._places = (casts(loss, outputs) if narrow else None) or [outputs]
         with torch.enable_grad():
@@ -155,6 +228,14 @@ class Line:
 
     def measure(self, moves: Moves) -> Tensor:
         """dᵀGd and the loss, [2], in float64; the means over processes."""
+        for layer, record in self._records.items():
+            if vars(layer).get("last_record") is not record:
+                raise RuntimeError(
+                    "Between hbp.backward and step() another forward pass went through "
+                    f"{layer}, so that nothing is known along the step any more. "
+                    "Evaluate under torch.no_grad()."
+                )
+            layer.check_record()
         numbers = torch.stack([self.curvature(moves), self.loss]).double()
         if self.process_group is not None:
             average([numbers], self.process_group)
@@ -162,7 +243,7 @@ class Line:
 
     def curvature(self, moves: Moves) -> Tensor:
         """dᵀGd, eq-length, a scalar tensor."""
-        u = tangent(self.model, None, moves)
+        u = tangent(self._model(), None, moves)
         if u is None or not self.gradient.requires_grad:
             return self.loss.new_zeros(())
         u = u.view(self.outputs.shape)
@@ -300,10 +381,10 @@ class CGNewton(newton.CGNewton):
         cg_maxiter: At most this many products, in each part; ``None`` for ten times
             the number of unknowns.
         solver: ``"cg"`` or ``"direct"``.
-        trust_radius: Bound on ‖d‖ of each parameter, by Steihaug's method; ``None``
-            for no bound. Only with ``solver="cg"``.
+        trust_radius: Bound on ‖d‖ of each parameter, before lr and s, by Steihaug's
+            method; ``None`` for no bound. Only with ``solver="cg"``.
         weight_decay: θ ← (1 - lr·weight_decay) θ before each step (decoupled, as in
-            ``torch.optim.AdamW``).
+            ``torch.optim.AdamW``, whose lr is far below 1).
         adaptive_lr: Whether s comes from the curvature; ``None`` for: without ``lr``.
 
     Attributes:
@@ -372,6 +453,11 @@ class CGNewton(newton.CGNewton):
         decay, free = options["weight_decay"], options["adaptive_lr"]
         if not (is_number(decay) and 0 <= decay < math.inf):
             raise ValueError(f"weight_decay={decay!r} must be finite, not negative.")
+        if is_number(options["lr"]) and options["lr"] * decay >= 1:
+            raise ValueError(
+                f"weight_decay={decay!r} at lr={options['lr']!r} would shrink weights "
+                "to less than nothing. lr is 1 where the length is found: 1e-4 is much."
+            )
         if not all(group["adaptive_lr"] is free for group in self.param_groups):
             raise ValueError(
                 f"adaptive_lr={free!r} of a group must be that of all: one length is "
@@ -421,8 +507,8 @@ def _along(steps: Sequence[newton._Step]) -> LineInfo:
     if not lines:
         raise RuntimeError(
             "CGNewton without lr finds its length from the loss along the step, of "
-            "which it knows nothing. Call hbp.backward(model, outputs, loss) before "
-            "step(), or give CGNewton an lr."
+            "which it knows nothing, or no longer. Call hbp.backward(model, outputs, "
+            "loss) before step(), for one optimizer; or give CGNewton an lr."
         )
     # The groups' factors belong to the direction, all but the largest.
     largest = max(step.lr for step in steps) or 1.0
@@ -443,8 +529,9 @@ def _along(steps: Sequence[newton._Step]) -> LineInfo:
     length = _length(slope, curvature, loss - sum(line.bound for line in lines))
     if length == math.inf:
         raise ArithmeticError(
-            "No step was taken: along it the loss is linear, and it is at or below its "
-            "lower bound, so that no length is the best. Give CGNewton an lr."
+            f"No step was taken: along it the loss has the curvature {curvature:.3g}, "
+            "and it is not above its lower bound, so that no length is the best. Pass "
+            "hbp.backward a lower_bound that is one, or give CGNewton an lr."
         )
     s = length * largest
     promise = s * slope - s * s / 2 * curvature
@@ -453,8 +540,9 @@ def _along(steps: Sequence[newton._Step]) -> LineInfo:
 
 def _lines(steps: Sequence[newton._Step]) -> set[Line]:
     """The lines that all parameters of a step are on; none if one of them has none."""
-    lines = [vars(step.equation.parameter).get("line") for step in steps]
-    return set() if None in lines else {line for line in lines if line}
+    known = [vars(step.equation.parameter).get("line") for step in steps]
+    lines = [line() for line in known if line and line()]
+    return set(lines) if len(lines) == len(steps) else set()
 
 
 def _warn_of_a_promise(steps: Sequence[newton._Step]) -> bool:

@@ -43,7 +43,7 @@ def _torch_explained() -> Iterator[None]:
         if "second time" in str(error):
             raise RuntimeError(
                 "The graph of loss is gone. Call batch_summed_hessian(loss, outputs) "
-                "before loss.backward()."
+                "before loss.backward(), or hbp.backward(model, outputs, loss) instead."
             ) from error
         if "derivative for aten::" not in str(error):
             raise

@@ -27,7 +27,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
-from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -153,7 +152,7 @@ class Record:
         self.kind = torch.promote_types(z.dtype, torch.float32), z.device
         self.output_gradient: Tensor | None = None
         self.keeps: Any = None if keep is None else (keep.detach(), keep._version)
-        own = chain(layer.parameters(recurse=False), layer.buffers(recurse=False))
+        own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
         self._state = [(tensor, tensor._version) for tensor in own]
         self._accumulated = False
         # The layer's next forward pass is told if the gradient of this one comes late.
@@ -547,7 +546,7 @@ class HBPModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the record, which belongs to one forward pass."""
-        return {k: v for k, v in self.__dict__.items() if k != "last_record"}
+        return {k: v for k, v in vars(self).items() if k not in ("last_record", "line")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies of parameters come without attributes."""
@@ -573,6 +572,7 @@ def drop_curvature(parameters: Iterable[Tensor]) -> None:
         models.add((owner := vars(parameter).pop("hessian_of", None)) and owner())
         vars(parameter).update(hessian=None, line=None)
     for model in models - {None}:
+        vars(model).pop("line", None)
         layers = [m for m in model.modules() if "last_record" in vars(m)]
         # A forward pass of which the backward pass has still to come is another one.
         if not any(layer.last_record.awaits_gradient for layer in layers):

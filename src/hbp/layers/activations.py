@@ -3,6 +3,7 @@
 ``hbp.nn`` passes on all names, so that what else is imported has a name of its own.
 """
 
+from torch import Tensor as _Tensor
 from torch import nn as _nn
 
 from hbp.core.layers.elementwise import ElementwiseRule as _ElementwiseRule
@@ -61,4 +62,17 @@ class HBPHardswish(_ElementwiseRule, _nn.Hardswish):
 
 
 class HBPHardsigmoid(_ElementwiseRule, _nn.Hardsigmoid):
-    """``torch.nn.Hardsigmoid`` that sends curvature backward."""
+    """``torch.nn.Hardsigmoid`` that sends curvature backward.
+
+    torch cannot differentiate it twice, so the derivatives stand here.
+    """
+
+    derivatives_from_output = True
+
+    def first_derivative(self, z: _Tensor) -> _Tensor:
+        """φ' = 1/6 where 0 < z < 1, else 0."""
+        return ((z > 0) & (z < 1)).to(z.dtype) / 6
+
+    def second_derivative(self, z: _Tensor, first: _Tensor) -> None:
+        """φ'' = 0."""
+        return
