@@ -774,7 +774,7 @@ def test_outputs_of_another_model() -> None:
         hbp.backward(model, outputs, F.cross_entropy(outputs, y))
     model(x)
     outputs = other(3 * x)
-    with pytest.raises(RuntimeError, match="before loss.backward"):
+    with pytest.raises(RuntimeError, match=r"before loss\.backward"):
         hbp.backward(model, outputs, F.cross_entropy(outputs, y))
 
 
