@@ -406,16 +406,19 @@ optimizer = CGNewton(
 # what is left, $r = [(1-\alpha) H + \alpha I] d + g$, is at most 0.1
 # times as long as $g$ (`cg_tol`), or after 50 iterations.
 #
-# Take one step, and put it into the equation:
+# Take one step, and put it into the equation. A step uses the
+# curvature up, for it belongs to the old weights; so keep it first:
 
 # %%
-before = [p.detach().clone() for p in model.parameters()]
+parameters = list(model.parameters())
+before = [p.detach().clone() for p in parameters]
+curvature = [p.hessian for p in parameters]
 optimizer.step()
 
-for old, p in zip(before, model.parameters(), strict=True):
+for old, p, H in zip(before, parameters, curvature, strict=True):
     d = (p.detach() - old).flatten() / 0.1
     g = p.grad.flatten()
-    r = 0.98 * (p.hessian @ d) + 0.02 * d + g
+    r = 0.98 * (H @ d) + 0.02 * d + g
     assert r.norm() < 0.11 * g.norm()
 print("The steps solve the equation, to the tolerance.")
 
@@ -456,7 +459,7 @@ print("The loss falls, though by less than was predicted.")
 
 # %%
 g = model.weight.grad
-d = model.weight.hessian.solve(-g.flatten(), alpha=0.02)
+d = curvature[0].solve(-g.flatten(), alpha=0.02)
 d = d.view_as(g)
 
 u = x_mean / x_mean.norm()
