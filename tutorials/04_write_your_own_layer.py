@@ -861,7 +861,7 @@ print("The blocks are right, also past the shortcut.")
 try:
     convert(nn.Sequential(nn.Linear(2, 5), Bump()))
 except TypeError as error:
-    print(str(error).split(" Supported")[0])
+    print(str(error).splitlines()[0])
 
 # %% [markdown]
 # ## Exercises
