@@ -116,6 +116,18 @@ def new_batch(task: Task) -> tuple[Tensor, Tensor]:
     return torch.randn(SAMPLES, *NETS[task.net][1]), torch.randint(4, (SAMPLES,))
 
 
+def placed(
+    task: Task, part: slice, group: dist.ProcessGroup | None, wrapped: bool
+) -> tuple[hbp.HBPSequential, nn.Module, Tensor, Tensor]:
+    """The model, what is called in its place, and this process's part of the batch."""
+    model = new_model(task)
+    called: nn.Module = model
+    if wrapped:
+        called = DistributedDataParallel(model, process_group=group)
+    inputs, labels = (tensor[part] for tensor in new_batch(task))
+    return model, called, inputs, labels
+
+
 def train(
     task: Task,
     part: slice,
@@ -123,11 +135,7 @@ def train(
     wrapped: bool = False,
 ) -> hbp.HBPSequential:
     """Train on a part of the batch, with the others of the group if there is one."""
-    model = new_model(task)
-    called: nn.Module = model
-    if wrapped:
-        called = DistributedDataParallel(model, process_group=group)
-    inputs, labels = (tensor[part] for tensor in new_batch(task))
+    model, called, inputs, labels = placed(task, part, group, wrapped)
     optimizer = hbp.CGNewton(model.parameters(), lr=0.3, alpha=0.2)
     hessian_of_outputs = hbp.batch_summed_hessian
     if task.scheme == "exact":
@@ -357,11 +365,7 @@ def find_lengths(
     wrapped: bool = False,
 ) -> tuple[list[float], Tensor]:
     """Of steps without a learning rate, and where they lead."""
-    model = new_model(task)
-    called: nn.Module = model
-    if wrapped:
-        called = DistributedDataParallel(model, process_group=group)
-    inputs, labels = (tensor[part] for tensor in new_batch(task))
+    model, called, inputs, labels = placed(task, part, group, wrapped)
     optimizer = hbp.CGNewton(model.parameters(), cg_tol=1e-13, cg_atol=0.0)
     lengths = []
     for _ in range(STEPS):

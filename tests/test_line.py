@@ -457,8 +457,8 @@ def test_half_precision_keeps_the_length() -> None:
     half.step()
     assert exact.last_line is not None
     assert half.last_line is not None
-    # bfloat16 has 8 bits; 1e-2 was measured.
-    assert half.last_line.length == pytest.approx(exact.last_line.length, rel=0.05)
+    # bfloat16 has 8 bits; over 12 seeds 2e-3 was measured at most.
+    assert half.last_line.length == pytest.approx(exact.last_line.length, rel=0.01)
 
 
 # --------------------------------------------------------------------------------------
@@ -525,8 +525,11 @@ def test_zero_grad_spares_the_forward_pass_before_it() -> None:
     hbp.backward(model, outputs, F.cross_entropy(outputs, y))  # No step follows.
     outputs = model(x)
     optimizer.zero_grad()
-    hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+    loss = F.cross_entropy(outputs, y)
+    hbp.backward(model, outputs, loss)
     optimizer.step()
+    assert optimizer.last_line is not None
+    assert optimizer.last_line.loss == loss.item()
 
 
 @pytest.mark.parametrize("save", [pickle.dumps, "torch.save", "with the optimizer"])
@@ -603,11 +606,15 @@ def test_weight_decay_is_that_of_adamw() -> None:
         CGNewton(model.parameters(), weight_decay=-1)
 
 
-@pytest.mark.parametrize("lr", [torch.tensor(0.1), 0.1, 1])
-def test_rates_that_torch_takes(lr: object) -> None:
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_rate_may_be_a_tensor(adaptive: bool) -> None:
     model, x, y = prepared()
-    optimizer = CGNewton(model.parameters(), lr=lr, alpha=0.1)  # type: ignore[arg-type]
-    one_step(optimizer, model, x, y)
+    twin = copy.deepcopy(model)
+    for net, lr in [(model, 0.125), (twin, torch.tensor(0.125))]:
+        options = {"lr": lr, "alpha": 0.1, "adaptive_lr": adaptive}
+        one_step(CGNewton(net.parameters(), **options), net, x, y)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("lr", [True, torch.ones(2), -1.0, math.nan, "0.1"])
@@ -839,10 +846,15 @@ def test_arguments_are_looked_at_before_a_gradient_is_sent(
 
 def test_a_loss_of_one_entry() -> None:
     model, x, y = prepared()
-    optimizer = CGNewton(model.parameters())
-    outputs = model(x)
-    hbp.backward(model, outputs, F.cross_entropy(outputs, y).view(1))
-    optimizer.step()
+    twin, lengths = copy.deepcopy(model), []
+    for net, shape in [(model, ()), (twin, (1,))]:
+        optimizer = CGNewton(net.parameters())
+        outputs = net(x)
+        hbp.backward(net, outputs, F.cross_entropy(outputs, y).view(shape))
+        optimizer.step()
+        assert optimizer.last_line is not None
+        lengths.append(optimizer.last_line.length)
+    assert lengths[0] == lengths[1]
 
 
 @pytest.mark.parametrize("fault", ["no step", "a step that fails", "a head alone"])
@@ -879,7 +891,9 @@ def test_a_scale_that_half_precision_needs() -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=scaled)
         hbp.backward(twin, outputs, loss, scaler=scaler)
         gradients.append(next(twin.parameters()).grad / scaler.get_scale())
-    torch.testing.assert_close(*gradients, rtol=0.02, atol=1e-6)
+    right, found = gradients
+    # Over 12 seeds 3e-3 was measured at most; rounded before scaling, up to 2.
+    assert (found - right).norm() < 0.01 * right.norm()
 
 
 def test_a_step_is_taken_back_whatever_was_promised() -> None:
@@ -911,3 +925,16 @@ def test_a_decay_beyond_all_weights_is_refused() -> None:
     model, _, _ = prepared()
     with pytest.raises(ValueError, match=r"weight_decay=3.0 at lr=1.0"):
         CGNewton(model.parameters(), weight_decay=3.0)
+
+
+def test_what_is_frozen_does_not_decay() -> None:
+    model, x, y = prepared()
+    optimizer = CGNewton(model.parameters(), weight_decay=0.01)
+    one_step(optimizer, model, x, y)
+    outputs = model(x)
+    optimizer.zero_grad()
+    hbp.backward(model, outputs, F.cross_entropy(outputs, y))
+    frozen = next(model.parameters()).requires_grad_(False)
+    before = frozen.clone()
+    optimizer.step()
+    assert torch.equal(frozen, before)

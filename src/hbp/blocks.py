@@ -22,7 +22,7 @@ from hbp.core.layers.convolution import HBPConv2d
 from hbp.core.layers.linear import HBPLinear
 from hbp.core.module import HBPModule
 from hbp.core.operators import DenseOperator, KroneckerBlock, SymmetricOperator
-from hbp.layers.transposed import HBPConv1d, HBPConv3d
+from hbp.layers.convolution import HBPConv1d, HBPConv3d
 
 
 def set_hbp_blocks(model: HBPModule, sub_blocks: int = 1) -> None:

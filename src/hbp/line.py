@@ -30,7 +30,7 @@ from torch.nn import Parameter
 
 from hbp.convert import Converted
 from hbp.core import newton
-from hbp.core.containers import HBPResidual, HBPSequential
+from hbp.core.containers import HBPResidual, HBPSequential, leaves_of
 from hbp.core.guards import is_narrow, is_number
 from hbp.core.losses import derivative
 from hbp.core.module import HBPModule, drop_curvature
@@ -48,7 +48,7 @@ def backward(
     model: HBPModule,
     outputs: Tensor,
     loss: Tensor,
-    curvature: str | None = "abs",
+    curvature: str = "abs",
     exact: bool = False,
     lower_bound: float | None = 0.0,
     process_group: object = None,
@@ -165,20 +165,7 @@ def _have_overflowed(model: HBPModule, process_group: Any) -> bool:
 
 def _require_own(model: HBPModule, outputs: Tensor, sent: Tensor) -> None:
     """Raise ValueError unless the last layer got the very gradient of the outputs."""
-    layer: nn.Module = model
-    while isinstance(layer, HBPSequential | HBPResidual | Converted):
-        if isinstance(layer, HBPSequential):
-            children = [*layer.children()]
-            if not children:
-                return
-            layer = children[-1]
-        else:
-            layer = (
-                layer.branch
-                if isinstance(layer, HBPResidual)
-                else vars(layer)["_chain"]
-            )
-    record = vars(layer).get("last_record")
+    record = vars(_last_layer(model)).get("last_record")
     if record is None or record.output_gradient is None:
         return
     delta, own = record.output_gradient.flatten(), sent.flatten()
@@ -189,6 +176,13 @@ def _require_own(model: HBPModule, outputs: Tensor, sent: Tensor) -> None:
             "pass of model. Pass model(inputs) itself, and compute what follows, "
             "a softmax, a temperature, a mask or another order, in the loss."
         )
+
+
+def _last_layer(module: nn.Module) -> nn.Module:
+    """The one whose outputs are those of the model, or of a path into their sum."""
+    nest = vars(module)["_chain"] if isinstance(module, Converted) else module
+    leaves = leaves_of(nest)
+    return _last_layer(leaves[-1]) if leaves else module
 
 
 class Line:
@@ -475,12 +469,13 @@ class CGNewton(newton.CGNewton):
             steps = [s._replace(lr=s.lr * self.last_line.length) for s in steps]
         elif steps and vars(steps[0].equation.parameter).get("line"):
             self._warned = self._warned or _warn_of_a_promise(steps)
-        for step in steps:
-            step.checked()
-        for group in self.param_groups:
-            for p in group["params"] if group["weight_decay"] else ():
-                if p.grad is not None:
-                    p.mul_(1 - float(group["lr"]) * group["weight_decay"])
+        moved = {step.equation.parameter for step in steps}
+        decaying = [group for group in self.param_groups if group["weight_decay"]]
+        for step in steps if decaying else ():
+            step.checked()  # Nothing shrinks unless all can move.
+        for group in decaying:
+            for p in moved.intersection(group["params"]):
+                p.mul_(1 - float(group["lr"]) * group["weight_decay"])
         super()._take(steps)
 
 

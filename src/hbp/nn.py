@@ -13,6 +13,11 @@ from hbp.core.layers.shape import HBPFlatten as HBPFlatten
 from hbp.core.layers.shape import LinearRule as LinearRule
 from hbp.core.module import HBPModule as HBPModule
 from hbp.layers.activations import *  # noqa: F403  # It names nothing but layers.
+from hbp.layers.convolution import HBPConv1d as HBPConv1d
+from hbp.layers.convolution import HBPConv3d as HBPConv3d
+from hbp.layers.convolution import HBPConvTranspose1d as HBPConvTranspose1d
+from hbp.layers.convolution import HBPConvTranspose2d as HBPConvTranspose2d
+from hbp.layers.convolution import HBPConvTranspose3d as HBPConvTranspose3d
 from hbp.layers.dropout import HBPDropout as HBPDropout
 from hbp.layers.dropout import HBPDropout1d as HBPDropout1d
 from hbp.layers.dropout import HBPDropout2d as HBPDropout2d
@@ -37,8 +42,3 @@ from hbp.layers.pooling import HBPMaxPool1d as HBPMaxPool1d
 from hbp.layers.pooling import HBPMaxPool3d as HBPMaxPool3d
 from hbp.layers.shape import HBPIdentity as HBPIdentity
 from hbp.layers.shape import HBPUnflatten as HBPUnflatten
-from hbp.layers.transposed import HBPConv1d as HBPConv1d
-from hbp.layers.transposed import HBPConv3d as HBPConv3d
-from hbp.layers.transposed import HBPConvTranspose1d as HBPConvTranspose1d
-from hbp.layers.transposed import HBPConvTranspose2d as HBPConvTranspose2d
-from hbp.layers.transposed import HBPConvTranspose3d as HBPConvTranspose3d

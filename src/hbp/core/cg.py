@@ -133,7 +133,7 @@ def _iterate(
     """One step of every active row, in place; which rows are active then."""
     x, r, p, rr, target, radius, iterations, bent, left, slope, _ = state
     Ap = product(p)
-    curvature, floor = (p * Ap).sum(1, keepdim=True), torch.zeros_like(rr)
+    curvature, floor = (p * Ap).sum(1, keepdim=True), slope  # Zeros, unless asked.
     if null > 0:
         pp = (p * p).sum(1, keepdim=True)
         floor = torch.maximum(slope, curvature / pp, out=slope) * pp * null

@@ -178,7 +178,7 @@ class _CrossTerms(Operator):
 
 def _require_distinct(module: nn.Module) -> None:
     """Raise unless every layer and every parameter occurs once."""
-    name, leaves = type(module).__name__, _leaves(module)
+    name, leaves = type(module).__name__, leaves_of(module)
     if len(set(leaves)) < len(leaves):
         raise ValueError(
             f"A layer occurs twice in this {name}. It records one forward pass, so "
@@ -192,12 +192,12 @@ def _require_distinct(module: nn.Module) -> None:
         )
 
 
-def _leaves(module: nn.Module) -> list[nn.Module]:
+def leaves_of(module: nn.Module) -> list[nn.Module]:
     """The layers of a nest of containers, each as often as it occurs."""
     # Not children(), which leaves out a layer that occurs again.
     children = [child for child in module._modules.values() if child is not None]
     nests = HBPSequential | HBPResidual
-    inside = [_leaves(c) if isinstance(c, nests) else [c] for c in children]
+    inside = [leaves_of(c) if isinstance(c, nests) else [c] for c in children]
     return list(chain(*inside))
 
 

@@ -108,7 +108,7 @@ class OwnStatisticsRule(GeneralRule):
     bias: Any
 
     def normed(self, x: Tensor) -> Tensor:
-        """x̂, [N, ...]."""
+        """x̂, [N, ...]; every layer of this kind gives it."""
         raise NotImplementedError
 
     def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:

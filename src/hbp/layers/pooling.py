@@ -1,4 +1,4 @@
-"""Adaptive maxima: the size of the output is given."""
+"""Further maxima: of one and three dimensions, and to an output of given size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reshaping, as ``convert`` finds it in a ``forward``."""
+"""Layers that leave the features as they are, and only shape them."""
 
 from __future__ import annotations
 

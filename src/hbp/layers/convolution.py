@@ -1,4 +1,4 @@
-"""Transposed convolutions: the rules are those of every convolution."""
+"""Further convolutions, transposed or of one or three dimensions: one rule for all."""
 
 from __future__ import annotations
 
