@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 import hbp
 from hbp.core.cg import Product, cg_rows
 from hbp.operators import DenseOperator, SymmetricOperator
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Float64 blocks of these small networks have entries of about 1 and are sums of
 # some hundred products. Measured, relative to entries above 1: 6e-16 for blocks of
@@ -40,6 +45,16 @@ ACTIVATIONS = [
     hbp.HBPReLU6,
     hbp.HBPHardswish,
 ]
+
+
+def load(path: Path) -> ModuleType:
+    """Import a file that belongs to no package."""
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def close(actual: Any, expected: Any, **tolerance: float) -> None:

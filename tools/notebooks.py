@@ -9,14 +9,24 @@ times, and a freshly run notebook would silently undo an edited script.
     python tools/notebooks.py run                    run, and overwrite the notebooks
     python tools/notebooks.py run --into FOLDER      run, and leave them as they are
     python tools/notebooks.py time                   run, and note only how long it took
+    python tools/notebooks.py stale                  name what was run with other code
+    python tools/notebooks.py vouch NAME             note: it prints the same with this
 
 A notebook remembers how long its last run took, where and when, once for the CPU and
-once for a GPU. `run` overwrites its outputs, too; `time` on a GPU does not.
+once for a GPU. `run` overwrites its outputs, too; `time` on a GPU does not. It also
+remembers what its outputs depend on, as a hash: while that is the same, a run on the
+official data would print what it printed, and nobody has to wait for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import asyncio
+import hashlib
+import math
+import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -28,10 +38,20 @@ import torch
 from jupytext.combine import combine_inputs_with_outputs
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
+from nbclient.exceptions import CellControlSignal, DeadKernelError
 from nbformat import NotebookNode
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / "tutorials"
+# Cells and seconds, on a line that stays. Where lines cannot be rewritten, in a file,
+# a new one comes now and then.
+TERMINAL = sys.stderr.isatty()
+BAR: dict[str, Any] = {
+    "bar_format": "{desc:<28} cell {n_fmt:>2} of {total_fmt}, {elapsed}{postfix}",
+    "mininterval": 0.1 if TERMINAL else 15.0,
+    "dynamic_ncols": TERMINAL,
+}
 
 
 def from_script(script: Path) -> NotebookNode:
@@ -83,6 +103,12 @@ def record(seconds: float) -> dict[str, Any]:
     return {device: run}
 
 
+def last_seconds(script: Path) -> float:
+    """How long the last run on a CPU took; a new tutorial is taken for a long one."""
+    runs = recorded_runs(script.with_suffix(".ipynb"))
+    return runs["cpu"]["seconds"] if "cpu" in runs else math.inf
+
+
 def sync(script: Path) -> None:
     """Write the notebook of a script, keeping the outputs of unchanged cells."""
     notebook = from_script(script)
@@ -95,12 +121,51 @@ def sync(script: Path) -> None:
     print(f"{script.stem}: notebook written from its script")
 
 
-def run(script: Path, folder: Path, timeout: int) -> None:
+def fingerprint(script: Path) -> str:
+    """A hash of what the outputs of a tutorial depend on.
+
+    That is the package and the tutorial's own code, both without comments and
+    docstrings, and the pinned versions of what computes.
+    """
+    files = [*sorted((ROOT / "src" / "hbp").rglob("*.py")), script]
+    parts = [f"{path.relative_to(ROOT)}\n{bare_code(path)}" for path in files]
+    pins = (ROOT / "constraints.txt").read_text("utf-8")
+    parts += re.findall(r"^(?:torch|torchvision|numpy|scikit-learn)==.*", pins, re.M)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def bare_code(path: Path) -> str:
+    """The code of a file, as text that neither comments nor docstrings change."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            # The body of what has a docstring is never empty.
+            del node.body[: ast.get_docstring(node) is not None]
+    return ast.unparse(tree)
+
+
+def stale(script: Path) -> bool:
+    """Whether the committed outputs are those of other code, or of an unknown one."""
+    notebook = nbformat.read(script.with_suffix(".ipynb"), 4)
+    return notebook.metadata["hbp"].get("code") != fingerprint(script)
+
+
+def vouch(script: Path) -> None:
+    """Note that the outputs were compared with a run of the code as it is now."""
+    target = script.with_suffix(".ipynb")
+    notebook = nbformat.read(target, 4)
+    notebook.metadata["hbp"]["code"] = fingerprint(script)
+    nbformat.write(notebook, target)
+
+
+async def run(script: Path, folder: Path, timeout: int, bar: tqdm) -> None:
     """Run a script as a notebook in a fresh kernel; write it to `folder`."""
     notebook = from_script(script)
     target = folder / f"{script.stem}.ipynb"
+    code = fingerprint(script)
     try:
-        notebook.metadata["hbp"] = execute(notebook, script, timeout)
+        runs = await execute(notebook, script, timeout, bar)
+        notebook.metadata["hbp"] = runs | {"code": code}
     finally:
         # A failed run is written too, when it goes to a folder of its own: the
         # half-finished notebook shows what went wrong.
@@ -108,39 +173,56 @@ def run(script: Path, folder: Path, timeout: int) -> None:
             write(notebook, target)
     if folder == script.parent:
         write(notebook, target)
-    print(f"{script.stem}: see {target}")
 
 
-def note_time(script: Path, timeout: int) -> None:
+async def note_time(script: Path, timeout: int, bar: tqdm) -> None:
     """Run a script; add to its notebook how long that took, and change nothing else."""
     target = script.with_suffix(".ipynb")
-    runs = execute(from_script(script), script, timeout)
+    runs = await execute(from_script(script), script, timeout, bar)
     notebook = nbformat.read(target, 4)
     notebook.metadata["hbp"] = runs
     nbformat.write(notebook, target)
 
 
-def execute(notebook: NotebookNode, script: Path, timeout: int) -> dict[str, Any]:
+async def execute(
+    notebook: NotebookNode, script: Path, timeout: int, bar: tqdm
+) -> dict[str, Any]:
     """Run all cells; return the runs on record, with this one among them."""
-    total = len(notebook.cells)
-
-    def show(cell: NotebookNode, cell_index: int) -> None:
-        if cell.cell_type == "code":
-            print(f"{script.stem}: cell {cell_index + 1} of {total}", flush=True)
-
     start = time.perf_counter()
-    NotebookClient(
+    await NotebookClient(
         notebook,
         timeout=timeout,
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
-        on_cell_execute=show,
+        on_cell_start=lambda cell, cell_index: bar.update(cell_index - bar.n),
         resources={"metadata": {"path": str(script.parent)}},
-    ).execute()
+    ).async_execute()
+    bar.update(bar.total - bar.n)
     seconds = time.perf_counter() - start
-    print(f"{script.stem}: done in {seconds:.0f} s")
     return recorded_runs(script.with_suffix(".ipynb")) | record(seconds)
+
+
+async def run_each(scripts: list[Path], arguments: argparse.Namespace) -> list[str]:
+    """Run the scripts, with a line of progress for each; return what went wrong."""
+    free = asyncio.Semaphore(arguments.jobs)
+    wrong = []
+
+    async def one(script: Path, line: int) -> None:
+        cells = len(from_script(script).cells)
+        async with free:
+            with tqdm(total=cells, desc=script.stem, position=line, **BAR) as bar:
+                try:
+                    if arguments.action == "time":
+                        await note_time(script, arguments.timeout, bar)
+                    else:
+                        into = arguments.into.resolve()
+                        await run(script, into, arguments.timeout, bar)
+                except (CellControlSignal, DeadKernelError) as error:
+                    wrong.append(f"{script.stem}: {error}")
+
+    await asyncio.gather(*(one(script, line) for line, script in enumerate(scripts)))
+    return wrong
 
 
 def write(notebook: NotebookNode, target: Path) -> None:
@@ -158,19 +240,39 @@ def write(notebook: NotebookNode, target: Path) -> None:
 def main() -> None:
     """Read the command line and do it for every tutorial, or the named ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["sync", "run", "time"])
+    actions = ["sync", "run", "time", "stale", "vouch"]
+    parser.add_argument("action", choices=actions)
     parser.add_argument("scripts", nargs="*", type=Path, help="default: all tutorials")
     parser.add_argument("--into", type=Path, default=TUTORIALS)
     parser.add_argument("--timeout", type=int, default=7200, help="seconds per cell")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     arguments = parser.parse_args()
-    for script in arguments.scripts or sorted(TUTORIALS.glob("[0-9]*.py")):
-        script = script.resolve()
-        if arguments.action == "sync":
-            sync(script)
-        elif arguments.action == "time":
-            note_time(script, arguments.timeout)
-        else:
-            run(script, arguments.into.resolve(), arguments.timeout)
+    found = arguments.scripts or sorted(TUTORIALS.glob("[0-9]*.py"))
+    scripts = [script.resolve().with_suffix(".py") for script in found]
+    if arguments.action in ("sync", "vouch"):
+        for script in scripts:
+            sync(script) if arguments.action == "sync" else vouch(script)
+    elif arguments.action == "stale":
+        for script in filter(stale, scripts):
+            print(script.with_suffix("").relative_to(ROOT))
+    else:
+        run_all(scripts, arguments)
+
+
+def run_all(scripts: list[Path], arguments: argparse.Namespace) -> None:
+    """Run the scripts, some at a time; say where to look, and what went wrong."""
+    if arguments.jobs > 1:
+        # Processes that all want all cores would slow each other down.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # What took longest last time comes first: what starts last shall be short.
+    scripts = sorted(scripts, key=last_seconds, reverse=True)
+    wrong = asyncio.run(run_each(scripts, arguments))
+    if arguments.into != TUTORIALS:
+        print("Open these in a browser or a notebook editor:")
+        for script in sorted(scripts):
+            print(f"  {(arguments.into / script.stem).with_suffix('.html')}")
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

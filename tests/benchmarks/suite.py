@@ -28,12 +28,18 @@ def areas() -> dict[str, list[str]]:
     return {area: re.findall(r"test_\w+", names) for area, names in found}
 
 
+def path(name: str) -> Path:
+    """The file of tests with a name."""
+    (found,) = (ROOT / "tests").rglob(f"{name}.py")
+    return found
+
+
 def run(names: list[str]) -> tuple[int, int, float]:
     """How many tests passed, how many did not, and the seconds of all.
 
     Those that are skipped, as they need a GPU or another package, count for neither.
     """
-    files = [str(ROOT / "tests" / f"{name}.py") for name in names]
+    files = [str(path(name)) for name in names]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]

@@ -16,14 +16,13 @@ import torch
 from benchmarks import __main__ as harness
 from benchmarks import growth, measure, memory, peers, points, stages, work
 from benchmarks.steps import ALPHA, LOSS, OWN, Newton, contenders
-from test_docs import load
+from helpers import ROOT, load
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import hbp
 from hbp.reference import ggn_blocks
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "assets" / "benchmarks"
 pytest.importorskip("matplotlib")
 draw = load(ROOT / "tools" / "draw_benchmarks.py")

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import indefinite, randn, send_back, small_batch, small_net, spd, trained
+from helpers import (
+    ROOT,
+    indefinite,
+    randn,
+    send_back,
+    small_batch,
+    small_net,
+    spd,
+    trained,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -44,7 +52,7 @@ EXACT = 1e-13
 # The condition number's own condition is the condition number. Measured: 5e-16.
 CONDITION = 1e-14
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 
 def matrix_free(H: Tensor) -> MatrixFree:

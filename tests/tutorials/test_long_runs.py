@@ -23,7 +23,8 @@ from torch.utils.data import TensorDataset
 
 import hbp
 
-TESTS = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 INTERRUPTS = 12
 
 
@@ -32,7 +33,7 @@ INTERRUPTS = 12
 
 def cells(name: str) -> list[str]:
     """The sources of a tutorial's code cells."""
-    (script,) = (TESTS.parent / "tutorials").glob(f"{name}_*.py")
+    (script,) = (ROOT / "tutorials").glob(f"{name}_*.py")
     notebook = jupytext.read(script, fmt="py:percent")
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -241,9 +242,9 @@ def test_the_signal_of_ctrl_c_is_caught() -> None:
 
 def test_memory_in_a_process_of_its_own() -> None:
     """All tests of tests/alone, where nothing else is in memory."""
-    path = os.pathsep.join([str(TESTS), *sys.path])
+    path = os.pathsep.join(sys.path)  # with those that pytest added
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    folder, options = TESTS / "alone", ["-q", "-p", "no:cacheprovider"]
+    folder, options = HERE / "alone", ["-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, folder / "test_memory.py"],
         env=environment,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import close, small_batch, small_net
+from helpers import ROOT, close, small_batch, small_net
 from torch import Tensor, nn
 
 import hbp
 from hbp.operators import DenseOperator
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 # Measured: inputs that differ by a millionth change none of the digits shown. One unit
 # of the last digit is up to a tenth of a number such as 1.1.

@@ -13,10 +13,11 @@ from typing import Any
 import jupytext
 import nbformat
 import pytest
+from helpers import ROOT
 from jupytext.config import load_jupytext_config
 from nbformat import NotebookNode
 
-TUTORIALS = Path(__file__).resolve().parents[1] / "tutorials"
+TUTORIALS = ROOT / "tutorials"
 SCRIPTS = sorted(TUTORIALS.glob("[0-9]*.py"))
 LINE_LENGTH = 70  # the width of a code column on the site
 KNOWN_TAGS = {"nbval-ignore-output", "solution"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import parallel_worker
 import pytest
 import test_bad_days
@@ -13,8 +11,8 @@ import test_fuzz
 import test_long_runs
 import test_parallel
 from benchmarks import endurance, joint, precision, suite
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "tested.md").read_text("utf-8")
 
 
@@ -42,7 +40,7 @@ def test_every_table_names_tests_that_exist() -> None:
     assert len(areas) == PAGE.count("| what happens |") > 5
     for names in areas.values():
         assert names
-        assert all((ROOT / "tests" / f"{name}.py").exists() for name in names)
+        assert all(suite.path(name) for name in names)
 
 
 def table(name: str) -> list[list[str]]:

@@ -11,10 +11,10 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT
 from playwright.sync_api import (
     Browser,
     BrowserContext,
@@ -24,7 +24,6 @@ from playwright.sync_api import (
     Response,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / os.environ.get("HBP_SITE", "build/site")
 WIDTHS = {"wide": 1440, "narrow": 390}
 # A browser asks its maker's servers for this and that unless told not to.

@@ -9,10 +9,10 @@ import re
 from colorsys import hls_to_rgb
 from importlib.resources import files
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 pytest.importorskip("material")
 pytest.importorskip("matplotlib")
@@ -22,7 +22,7 @@ from hbp.tutorial.plotting import INK, NEGATIVE, POSITIVE, STYLES, ZERO, matrice
 Colour = tuple[float, float, float]
 
 TEXT, MARKS = 4.5, 3.0
-CSS = Path(__file__).resolve().parents[1] / "docs" / "assets" / "site.css"
+CSS = ROOT / "docs" / "assets" / "site.css"
 # The names beside the lines are text, and have the colours of the lines.
 WRITTEN = {"ink": INK, **{style[0]: style[0] for style in STYLES}}
 

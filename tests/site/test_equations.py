@@ -9,10 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import ROOT, load
 from mkdocs.exceptions import PluginError
-from test_docs import load
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "mathematics.md").read_text("utf-8")
 CELL = re.compile(
     r'^\?\?\? example "Check it yourself"\n\n {4}```python\n(.*?)^ {4}```$', re.M | re.S

@@ -23,13 +23,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import small_net
+from helpers import ROOT, small_net
 from torch import Tensor
 
 import hbp
 
-TESTS = Path(__file__).resolve().parent
-PAGE = (TESTS.parent / "docs" / "checkpoints.md").read_text("utf-8")
+PAGE = (ROOT / "docs" / "checkpoints.md").read_text("utf-8")
 # The functions, and the loop, which trains what the reader has, and here what we have.
 (RECIPE,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
 (LOOP,) = re.findall(r"^```py\n(.*?)^```", PAGE, re.M | re.S)
@@ -188,7 +187,9 @@ def rehearse(folder: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 def test_a_killed_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     code = f"import test_checkpoint as t; t.rehearse(t.Path({str(tmp_path)!r}))"
-    path = os.pathsep.join([str(TESTS), *sys.path])
+    path = os.pathsep.join(
+        [str(ROOT / "tests"), str(ROOT / "tests" / "site"), *sys.path]
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

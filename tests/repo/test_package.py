@@ -10,9 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_docs import load
+from helpers import ROOT, load
 
-ROOT = Path(__file__).resolve().parents[1]
 check = load(ROOT / "tools" / "check_dist.py")
 VERSION = "0.1.0"
 INFO = f"hbp-{VERSION}.dist-info"

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_docs import load
+from helpers import ROOT, load
 
 import hbp
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "hbp"
 CORE = PACKAGE / "core"
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from benchmarks import precision
-from helpers import SCHEMES, TREATMENTS, all_equal, close, randn, values
+from helpers import ROOT, SCHEMES, TREATMENTS, all_equal, close, randn, values
 from test_layers import LAYERS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -415,7 +414,7 @@ def test_curvature_in_half_is_refused(half: torch.dtype) -> None:
     assert torch.equal(p, torch.ones_like(p))
 
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "precision.md"
+PAGE = ROOT / "docs" / "precision.md"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,13 +11,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import ROOT, load
 from mkdocs.exceptions import PluginError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import hbp
 
-ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "https://github.com/somebody/hbp"  # for instance
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 TOO_HEAVY = {"03_what_hbp_sees", "04_write_your_own_layer"}
@@ -47,16 +46,6 @@ PUBLIC_HOSTS = {
 }
 # Written so that the expression does not match itself.
 MACHINE_PATH = re.compile(r"""(?<![\w.])/(?:wor[k]|roo[t]|hom[e]|User[s]|tm[p])/""")
-
-
-def load(path: Path) -> ModuleType:
-    """Import a file that belongs to no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def load_hook(name: str) -> ModuleType:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import re
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import close
-from test_docs import load
+from helpers import ROOT, close, load
 
 from hbp import HBPLinear
 from hbp.reference import hessian_blocks
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = " ".join((ROOT / "docs/explorer.md").read_text("utf-8").split())
 pytest.importorskip("sklearn")
 tool = load(ROOT / "tools" / "draw_explorer.py")

@@ -14,7 +14,7 @@ import parallel_worker
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import close, small_batch, small_net
+from helpers import ROOT, close, small_batch, small_net
 from torch.nn.functional import cross_entropy
 
 import hbp
@@ -22,7 +22,7 @@ from hbp import distributed
 from hbp.core.settings import CHECK_EVERY
 from hbp.distributed import average, joint_weight
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "parallel.md"
+PAGE = ROOT / "docs" / "parallel.md"
 
 Found = dict[str, Any]
 

@@ -13,10 +13,9 @@ import pytest
 import torch
 from benchmarks import accuracy, paper
 from benchmarks.accuracy import DEEP_HBP, SHALLOW_HBP, Run, best, grid, wanted
-from test_docs import load
+from helpers import ROOT, load
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("matplotlib")
 with patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]):
     draw = load(ROOT / "tools" / "draw_accuracy.py")
