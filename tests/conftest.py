@@ -20,6 +20,9 @@ settings.load_profile("hbp")
 
 # The matrices of the tests are small: threads would only wait for each other.
 torch.set_num_threads(1)
+# Some parameters of tests are random, and part of their names: every process has to
+# collect the same.
+torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

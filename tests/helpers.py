@@ -57,11 +57,11 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def close(actual: Any, expected: Any, **tolerance: float) -> None:
+def close(actual: Any, expected: Any, what: str = "", **tolerance: float) -> None:
     """Equal shapes and, up to round-off (``EXACT``), equal values."""
     actual, expected = to_numpy(actual), to_numpy(expected)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, **(tolerance or EXACT))
+    assert actual.shape == expected.shape, what
+    np.testing.assert_allclose(actual, expected, err_msg=what, **(tolerance or EXACT))
 
 
 def to_numpy(value: Any) -> np.ndarray:

@@ -124,9 +124,10 @@ class LevenbergMarquardt:
     def _predicted(self) -> float:
         line = getattr(self.optimizer, "last_line", None)
         steps = self.optimizer.last_step.values()
-        if not steps:
+        if not steps or "before_step" not in vars(self.optimizer):
             raise RuntimeError(
-                "There is no step to judge. Call optimizer.step() before step()."
+                "There is no step to judge. Call optimizer.step() first, and after "
+                "LevenbergMarquardt(optimizer), which has to know where it starts."
             )
         predicted = sum(info.undamped_decrease for info in steps)
         if line is not None:

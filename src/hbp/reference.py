@@ -125,16 +125,7 @@ def exact_blocks(
     Returns:
         The sum over samples.
     """
-    trace = _Trace(copy.deepcopy(model), loss_func, inputs, targets)
-    results = [
-        _send_back(trace, slice(n, n + 1), modify_2nd_order_terms, True, True)
-        for n in range(len(inputs))
-    ]
-    parameters = {
-        name: torch.stack([result.parameters[name] for result in results]).sum(0)
-        for name in results[0].parameters
-    }
-    return Curvature(torch.stack([r.input for r in results]).sum(0), parameters)
+    return Recursion(model, loss_func, inputs, targets).exact(modify_2nd_order_terms)
 
 
 def batch_blocks(
@@ -168,13 +159,8 @@ def batch_blocks(
     Returns:
         The approximate curvature.
     """
-    trace = _Trace(copy.deepcopy(model), loss_func, inputs, targets)
-    return _send_back(
-        trace,
-        slice(None),
-        modify_2nd_order_terms,
-        average_input_jacobian,
-        average_parameter_jacobian,
+    return Recursion(model, loss_func, inputs, targets).batch(
+        modify_2nd_order_terms, average_input_jacobian, average_parameter_jacobian
     )
 
 
@@ -202,8 +188,12 @@ class _Fork(NamedTuple):
 _Step = _Leaf | _Chain | _Fork
 
 
-class _Trace:
-    """One forward pass: its steps, and the δ = ∂loss/∂z, [N, ...], of every leaf."""
+class Recursion:
+    """The HBP recursion of one batch, in any reading and with any treatment.
+
+    It keeps every derivative that it has taken: several questions cost hardly more than
+    one. Arguments are those of ``exact_blocks``.
+    """
 
     def __init__(
         self,
@@ -213,7 +203,9 @@ class _Trace:
         targets: Tensor,
     ) -> None:
         self.leaves: list[_Leaf] = []
-        self.root, x = self._run(model, "", inputs.detach().requires_grad_())
+        self._derivatives: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        x = inputs.detach().requires_grad_()
+        self.root, x = self._run(copy.deepcopy(model), "", x)
         loss = loss_func(x, targets)
         outputs = [leaf.output for leaf in self.leaves]
         gradients = torch.autograd.grad(loss, outputs)
@@ -225,6 +217,52 @@ class _Trace:
         full = hessian(loss_func)(x.detach(), targets).reshape(size, size)
         blocks = full.reshape(n, size // n, n, size // n)
         self.output_hessians = torch.stack([blocks[i, :, i] for i in range(n)])
+
+    def exact(self, modify_2nd_order_terms: str | None = None) -> Curvature:
+        """What ``exact_blocks`` returns."""
+        results = [
+            self._send_back(slice(n, n + 1), (modify_2nd_order_terms, True, True))
+            for n in range(len(self.output_hessians))
+        ]
+        parameters = {
+            name: torch.stack([result.parameters[name] for result in results]).sum(0)
+            for name in results[0].parameters
+        }
+        return Curvature(torch.stack([r.input for r in results]).sum(0), parameters)
+
+    def batch(
+        self,
+        modify_2nd_order_terms: str | None = None,
+        average_input_jacobian: bool = True,
+        average_parameter_jacobian: bool = True,
+    ) -> Curvature:
+        """What ``batch_blocks`` returns."""
+        averages = average_input_jacobian, average_parameter_jacobian
+        return self._send_back(slice(None), (modify_2nd_order_terms, *averages))
+
+    def _send_back(
+        self, samples: slice, how: tuple[str | None, bool, bool]
+    ) -> Curvature:
+        H = self.output_hessians[samples].sum(0)
+        parameters: dict[str, Tensor] = {}
+        rules = _Averaging(*how)
+        H, _ = _send_back_step(self, self.root, samples, rules, H, parameters)
+        return Curvature(H, parameters)
+
+    def derivatives(self, leaf: _Leaf, name: str = "") -> tuple[Tensor, Tensor]:
+        """J_n, [N, z, v], and Σ_k ∇²z_k δ_nk, [N, v, v], by a parameter, or by x."""
+        key = id(leaf), name
+        if key not in self._derivatives:
+            if name:
+                function = partial(_vary_parameter, leaf.layer, name)
+                theta = _parameters(leaf.layer)[name]
+                arguments = [(theta, x) for x in leaf.input]
+            else:
+                function = partial(_vary_input, leaf.layer)
+                arguments = [(x,) for x in leaf.input]
+            deltas = self.output_gradients[id(leaf)]
+            self._derivatives[key] = _derivatives(function, arguments, deltas)
+        return self._derivatives[key]
 
     def _run(self, module: nn.Module, prefix: str, x: Tensor) -> tuple[_Step, Tensor]:
         if isinstance(module, nn.Sequential):
@@ -258,22 +296,8 @@ class _Averaging(NamedTuple):
     average_parameter_jacobian: bool
 
 
-def _send_back(
-    trace: _Trace,
-    samples: slice,
-    modify: str | None,
-    average_input_jacobian: bool,
-    average_parameter_jacobian: bool,
-) -> Curvature:
-    rules = _Averaging(modify, average_input_jacobian, average_parameter_jacobian)
-    H = trace.output_hessians[samples].sum(0)
-    parameters: dict[str, Tensor] = {}
-    H, _ = _send_back_step(trace, trace.root, samples, rules, H, parameters)
-    return Curvature(H, parameters)
-
-
 def _send_back_step(
-    trace: _Trace,
+    recursion: Recursion,
     step: _Step,
     samples: slice,
     rules: _Averaging,
@@ -287,28 +311,26 @@ def _send_back_step(
     if isinstance(step, _Chain):
         jacobian = torch.eye(len(H), dtype=H.dtype)
         for below in reversed(step.steps):
-            H, J = _send_back_step(trace, below, samples, rules, H, parameters)
+            H, J = _send_back_step(recursion, below, samples, rules, H, parameters)
             jacobian = jacobian @ J
         return H, jacobian
     if isinstance(step, _Fork):
         (H_s, A), (H_t, B) = [
-            _send_back_step(trace, path, samples, rules, H, parameters)
+            _send_back_step(recursion, path, samples, rules, H, parameters)
             for path in step.paths
         ]
         # With one J for all samples, (A + B)ᵀH(A + B) and second-order terms.
         return H_s + H_t + A.T @ H @ B + B.T @ H @ A, A + B
-    layer, modify = step.layer, rules.modify
-    xs, deltas = step.input[samples], trace.output_gradients[id(step)][samples]
-    for name, parameter in _parameters(layer).items():
-        function = partial(_vary_parameter, layer, name)
-        arguments = [(parameter, x) for x in xs]
-        jacobians, second_order = _derivatives(function, arguments, deltas)
+    for name in _parameters(step.layer):
+        jacobians, second_order = (
+            part[samples] for part in recursion.derivatives(step, name)
+        )
         block = _pull_back(H, jacobians, rules.average_parameter_jacobian)
-        parameters[step.prefix + name] = block + _modify(second_order, modify)
-    function = partial(_vary_input, layer)
-    jacobians, second_order = _derivatives(function, [(x,) for x in xs], deltas)
+        block = block + _modify(second_order.sum(0), rules.modify)
+        parameters[step.prefix + name] = block
+    jacobians, second_order = (part[samples] for part in recursion.derivatives(step))
     H = _pull_back(H, jacobians, rules.average_input_jacobian)
-    return H + _modify(second_order, modify), jacobians.mean(0)
+    return H + _modify(second_order.sum(0), rules.modify), jacobians.mean(0)
 
 
 def _vary_parameter(layer: nn.Module, name: str, theta: Tensor, x: Tensor) -> Tensor:
@@ -327,7 +349,7 @@ def _derivatives(
     arguments: Sequence[tuple[Tensor, ...]],
     deltas: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """J_n of every sample, [N, z, v], and Σ_n Σ_k ∇²z_k δ_nk, [v, v].
+    """J_n of every sample, [N, z, v], and Σ_k ∇²z_k δ_nk, [N, v, v].
 
     Both w.r.t. the function's first argument, of v entries. They are what
     eq-second-differential is made of.
@@ -341,7 +363,7 @@ def _derivatives(
 
         jacobians.append(jacrev(function)(*args).reshape(-1, size))
         curvatures.append(hessian(projected)(*args).reshape(size, size))
-    return torch.stack(jacobians), torch.stack(curvatures).sum(0)
+    return torch.stack(jacobians), torch.stack(curvatures)
 
 
 def _pull_back(H: Tensor, jacobians: Tensor, average_jacobian: bool) -> Tensor:

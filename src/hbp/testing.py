@@ -151,14 +151,19 @@ class _Check:
         logits = self._model(inputs.clone().requires_grad_().clone())
         self._check_record(inputs.shape, outputs.shape)
         samples = torch.arange(len(inputs), device=inputs.device)
-        self._labels = samples % logits.shape[1]
-        loss = self._loss(logits, self._labels)
+        labels = samples % logits.shape[1]
+        loss = self._loss(logits, labels)
         self._hessians = per_sample_hessian(loss, logits)
         loss.backward()
         # A pass would refuse them; a finding says more.
         ruled = {p for _, m in _hbp_modules(layer) for p, _ in m.parameter_jacobians()}
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter in ruled)
+        each = zip(inputs.split(1), labels.split(1), strict=True)
+        self._judge, *self._judges = (
+            reference.Recursion(self._model, self._loss, *data)
+            for data in [(inputs, labels), *each]
+        )
 
     def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         # A mean over the batch also where only one sample of it is given.
@@ -200,15 +205,11 @@ class _Check:
             scheme = f"average_input_jacobian={x} and average_parameter_jacobian={p}"
             for how in TREATMENTS:
                 actual = self._send_back(self._hessians.sum(0), how)
-                data = self._model, self._loss, self._inputs, self._labels, how
-                expected = _of_layer(*reference.batch_blocks(*data, x, p))
+                expected = _of_layer(*self._judge.batch(how, x, p))
                 yield f"averaged with {scheme}, treatment {how!r}", actual, expected
 
     def _exact(self, how: str) -> _Blocks:
-        model = self._model, self._loss
-        samples = zip(self._inputs.split(1), self._labels.split(1), strict=True)
-        each = [reference.exact_blocks(*model, *sample, how) for sample in samples]
-        inputs, blocks = zip(*each, strict=True)
+        inputs, blocks = zip(*(judge.exact(how) for judge in self._judges), strict=True)
         sums = {n: torch.stack([b[n] for b in blocks]).sum(0) for n in blocks[0]}
         return _of_layer(torch.block_diag(*inputs), sums)
 

@@ -252,3 +252,16 @@ def test_bad_adapter(alpha: float, options: dict, message: str) -> None:
 def test_a_start_and_a_radius_exclude_each_other() -> None:
     with pytest.raises(ValueError, match=r"trust_radius=1\.0 needs a start at 0"):
         hbp.cg(spd(2), randn(2), x0=randn(2), trust_radius=1.0)
+
+
+def test_a_step_from_before_the_adapter_is_not_judged() -> None:
+    """What it started from is not known, so it could not be taken back."""
+    p = nn.Parameter(torch.zeros(1))
+    p.grad, p.hessian = torch.ones(1), DenseOperator(torch.ones(1, 1))
+    optimizer = CGNewton([p], 1.0, 0.2)
+    optimizer.step()
+    after = p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"after LevenbergMarquardt\(optimizer\)"):
+        LevenbergMarquardt(optimizer).step(1.0, 2.0)
+    assert p.equal(after)
+    assert optimizer.param_groups[0]["alpha"] == 0.2

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -196,52 +197,40 @@ def case(
     return model, *batch(model, shape)
 
 
-@pytest.mark.parametrize("treatment", TREATMENTS[1:])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_averaged(
-    case: tuple[hbp.HBPModule, Tensor, Tensor],
-    scheme: tuple[bool, bool],
-    treatment: str,
-) -> None:
+def test_averaged(case: tuple[hbp.HBPModule, Tensor, Tensor]) -> None:
     model, inputs, labels = case
-    model.set_hbp_approximation(*scheme)
+    judge = reference.Recursion(model, LOSS, inputs.detach(), labels)
     _, hessians = run(model, inputs, labels)
-    H = model.backward_hessian(hessians.sum(0), True, treatment)
-    expected = unmerged(model, inputs, labels, treatment, scheme)
-    assert H is not None
-    close(H.to_dense(), expected.input)
-    for name, parameter in model.named_parameters():
-        close(parameter.hessian.to_dense(), expected.parameters[name])
+    for scheme, treatment in itertools.product(SCHEMES, TREATMENTS[1:]):
+        model.set_hbp_approximation(*scheme)
+        H = model.backward_hessian(hessians.sum(0), True, treatment)
+        expected = judge.batch(treatment, *scheme)
+        assert H is not None
+        what = f"{treatment=}, {scheme=}"
+        close(H.to_dense(), expected.input, what=f"the input, {what}")
+        for name, parameter in model.named_parameters():
+            block = parameter.hessian.to_dense()
+            close(block, expected.parameters[name], what=f"{name}, {what}")
 
 
-@pytest.mark.parametrize("treatment", TREATMENTS[1:])
-def test_exact(case: tuple[hbp.HBPModule, Tensor, Tensor], treatment: str) -> None:
+def test_exact(case: tuple[hbp.HBPModule, Tensor, Tensor]) -> None:
     model, inputs, labels = case
+    judge = reference.Recursion(model, LOSS, inputs.detach(), labels)
     _, hessians = run(model, inputs, labels)
-    H = model.backward_hessian(hessians, True, treatment)
-    expected = unmerged(model, inputs, labels, treatment, None)
-    assert H is not None
     count, features = len(inputs), inputs[0].numel()
-    assert H.shape == (count * features, count * features)
-    blocks = H.to_dense().reshape(count, features, count, features)
-    close(blocks.diagonal(dim1=0, dim2=2).sum(2), expected.input)
-    off = blocks.clone()
-    off.diagonal(dim1=0, dim2=2).zero_()
-    assert float(off.abs().max()) == 0
-    for name, parameter in model.named_parameters():
-        close(parameter.hessian.to_dense(), expected.parameters[name])
-        vectors = randn(parameter.numel(), 3)
-        close(parameter.hessian @ vectors, expected.parameters[name] @ vectors)
-
-
-def unmerged(
-    model: hbp.HBPModule,
-    inputs: Tensor,
-    labels: Tensor,
-    treatment: str,
-    scheme: tuple[bool, bool] | None,
-) -> reference.Curvature:
-    data = inputs.detach(), labels
-    if scheme is None:
-        return reference.exact_blocks(model, LOSS, *data, treatment)
-    return reference.batch_blocks(model, LOSS, *data, treatment, *scheme)
+    for treatment in TREATMENTS[1:]:
+        H = model.backward_hessian(hessians, True, treatment)
+        expected = judge.exact(treatment)
+        assert H is not None
+        assert H.shape == (count * features, count * features)
+        blocks = H.to_dense().reshape(count, features, count, features)
+        own = blocks.diagonal(dim1=0, dim2=2).sum(2)
+        close(own, expected.input, what=f"the input, {treatment=}")
+        off = blocks.clone()
+        off.diagonal(dim1=0, dim2=2).zero_()
+        assert float(off.abs().max()) == 0
+        for name, parameter in model.named_parameters():
+            block, what = expected.parameters[name], f"{name}, {treatment=}"
+            close(parameter.hessian.to_dense(), block, what=what)
+            vectors = randn(parameter.numel(), 3)
+            close(parameter.hessian @ vectors, block @ vectors, what=what)
