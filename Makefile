@@ -100,10 +100,11 @@ docs: $(SITE) $(KATEX)  ## build the site into build/site; a warning is an error
 serve: $(SITE) $(KATEX)  ## show the site and rebuild it as files change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-lint: $(TESTS)  ## ruff and mypy
+lint: $(TESTS)  ## ruff, mypy, and zizmor for the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet .github/workflows
 
 size:  ## lines of code of the package, file by file
 	@$(PYTHON) tools/size.py
@@ -147,7 +148,7 @@ browser: docs  ## look at every page with chromium
 	$(ONE) $(TEST) tests/site/browser
 
 constraints: $(TESTS)  ## pin the newest versions of everything
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 	  --upgrade --no-annotate --no-header --strip-extras --quiet -o constraints.txt
 
 clean:  ## remove what the targets made, except .venv

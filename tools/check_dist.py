@@ -114,9 +114,8 @@ def wrong_metadata(raw: bytes, root: Path, version: str) -> Iterator[str]:
     """Say what is wrong with the metadata of an archive."""
     try:
         metadata = Metadata.from_email(raw, validate=True)
-    except Exception as error:  # a group of exceptions, which Python 3.10 lacks
-        parts = getattr(error, "exceptions", [error])
-        yield from (f"has invalid metadata: {part}" for part in parts)
+    except ExceptionGroup as error:
+        yield from (f"has invalid metadata: {part}" for part in error.exceptions)
         return
     if str(metadata.version) != version:
         yield f"says version {metadata.version}, not {version}"

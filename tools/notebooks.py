@@ -44,13 +44,26 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / "tutorials"
-# Cells and seconds, on a line that stays. Where lines cannot be rewritten, in a file,
-# a new one comes now and then.
+
+
+class Log:
+    """Takes the place of a terminal where lines cannot be rewritten, as in a file."""
+
+    def write(self, text: str) -> None:
+        """Print a line of progress, and nothing for what moves the cursor."""
+        if "cell" in text:
+            print(text.strip("\r\n "), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Lines were flushed when they were printed."""
+
+
 TERMINAL = sys.stderr.isatty()
+# A line for each notebook, with its cells and seconds.
 BAR: dict[str, Any] = {
-    "bar_format": "{desc:<28} cell {n_fmt:>2} of {total_fmt}, {elapsed}{postfix}",
-    "mininterval": 0.1 if TERMINAL else 15.0,
-    "dynamic_ncols": TERMINAL,
+    "bar_format": "{desc:<28} cell {n_fmt:>3} of {total_fmt}, {elapsed}",
+    "mininterval": 0.1 if TERMINAL else 20.0,
+    "file": None if TERMINAL else Log(),
 }
 
 
@@ -193,6 +206,7 @@ async def execute(
         notebook,
         timeout=timeout,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],  # It remarks on its own sockets.
         record_timing=False,
         coalesce_streams=True,
         on_cell_start=lambda cell, cell_index: bar.update(cell_index - bar.n),

@@ -84,7 +84,7 @@ device = torch.device("cuda" if use_gpu else "cpu")
 # a short run instead. All that differs is here:
 
 # %%
-num_epochs, batch_size = (8, 100) if quick() else (30, 500)
+num_epochs, batch_size = (5, 50) if quick() else (30, 500)
 
 # %% [markdown]
 # ## Load CIFAR-10
@@ -720,7 +720,7 @@ fast_batches, fast_tests = train(
     newton_step(fast_model, fast_optimizer),
     print_every=100,
     num_epochs=5,
-    batch_size=25 if quick() else 100,
+    batch_size=50 if quick() else 100,
     data=(normalised(train_set), normalised(test_set)),
     schedule=schedule,
 )

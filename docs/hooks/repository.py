@@ -4,21 +4,17 @@ It stands in `pyproject.toml`, as `Repository` under `[project.urls]`, and only 
 From it come the links of the site, the badges of the README and what the tutorials
 install where hbp is missing. While there is none, the links and badges are absent.
 
-    python docs/hooks/repository.py    write the badges and the install cells
+    python docs/hooks/repository.py    write what follows, outside of the site
 """
 
 from __future__ import annotations
 
 import re
-import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 BRANCH = "main"
@@ -74,12 +70,33 @@ def with_install_source(script: str, where: str) -> str:
     return re.sub(r'^hbp_source = ".*"$', f'hbp_source = "{found}"', script, flags=re.M)
 
 
-def main() -> None:
-    """Write the badges and the install cells anew."""
-    where = address()
+def with_readme_links(pyproject: str, where: str) -> str:
+    """The settings by which the README's pictures and links survive on an index."""
+    picture = rf"![\1]({where}/raw/{BRANCH}/\2)" if where else ""
+    link = rf"[\1]({where}/blob/{BRANCH}/\2)" if where else r"\1"
+    written = iter([picture, link])
+    return re.sub(
+        r"^replacement = '.*'$",
+        lambda _: f"replacement = '{next(written)}'",
+        pyproject,
+        flags=re.M,
+    )
+
+
+def writers() -> dict[Path, Callable[[str, str], str]]:
+    """What follows from the address, by file."""
     tutorials = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
-    for path in [ROOT / "README.md", *tutorials]:
-        write = with_badges if path.suffix == ".md" else with_install_source
+    return {
+        ROOT / "README.md": with_badges,
+        ROOT / "pyproject.toml": with_readme_links,
+        **dict.fromkeys(tutorials, with_install_source),
+    }
+
+
+def main() -> None:
+    """Write it anew."""
+    where = address()
+    for path, write in writers().items():
         path.write_text(write(path.read_text(encoding="utf-8"), where), "utf-8")
     print(f"Repository: {where or 'none is set in pyproject.toml'}")
 

@@ -253,13 +253,12 @@ class Recursion:
         """J_n, [N, z, v], and Σ_k ∇²z_k δ_nk, [N, v, v], by a parameter, or by x."""
         key = id(leaf), name
         if key not in self._derivatives:
+            function = partial(_vary_input, leaf.layer)
+            arguments: list[tuple[Tensor, ...]] = [(x,) for x in leaf.input]
             if name:
                 function = partial(_vary_parameter, leaf.layer, name)
                 theta = _parameters(leaf.layer)[name]
                 arguments = [(theta, x) for x in leaf.input]
-            else:
-                function = partial(_vary_input, leaf.layer)
-                arguments = [(x,) for x in leaf.input]
             deltas = self.output_gradients[id(leaf)]
             self._derivatives[key] = _derivatives(function, arguments, deltas)
         return self._derivatives[key]

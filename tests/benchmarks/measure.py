@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
@@ -122,7 +122,7 @@ def precision(tf32: bool) -> Iterator[None]:
 def provenance(device: str) -> dict[str, object]:
     """Where and when the numbers were made, and with what."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
         "uncommitted_changes": bool(_git("status", "--porcelain", "src", "tests")),
         "device": device,

@@ -336,7 +336,7 @@ def curved(scene: Scene, optimizer: hbp.CGNewton, reading: str, treatment: str) 
 
 
 def inspections(model: nn.Module) -> Iterator[Callable[[], Any]]:
-    """Every question of ``hbp.inspection``."""
+    """Every question of ``hbp.inspect``."""
     yield lambda: hbp.inspect_curvature(model, 0.1)
     for p in trained(model):
         block: SymmetricOperator = p.hessian

@@ -182,7 +182,7 @@ NAMES = {
         Congruence DenseOperator DiagonalOperator KroneckerBlock MatrixFree OperatorSum
         SampleBlocks SymmetricOperator ZeroOperator set_dense_limit
     """,
-    "hbp.inspection": """
+    "hbp.inspect": """
         CurvatureComparison CurvatureReport CurvatureRow ExtremalEigenvalues
         NegativeMass TraceEstimate compare_curvature condition_number estimate_trace
         extremal_eigenvalues inspect_curvature negative_mass
@@ -196,7 +196,7 @@ NAMES = {
 }
 
 # What `import hbp` alone makes known.
-SUBMODULES = "blocks distributed inspection losses modules operators optim seeds"
+SUBMODULES = "blocks distributed inspect losses modules nn operators optim seeds"
 
 
 @pytest.mark.parametrize("module", NAMES)

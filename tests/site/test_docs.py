@@ -288,13 +288,20 @@ class TestRepository:
         assert f'\nhbp_source = "hbp[tutorials] @ git+{REPOSITORY}"\n' in filled
         assert self.hook.with_install_source(filled, "") == script
 
-    @pytest.mark.parametrize("path", [*TUTORIALS, ROOT / "README.md"], ids=name_of)
+    def test_readme_links(self) -> None:
+        """Picture and link, in the order of the substitutions in pyproject.toml."""
+        settings = "replacement = ''\nreplacement = '\\1'\n"
+        filled = self.hook.with_readme_links(settings, REPOSITORY)
+        assert f"'![\\1]({REPOSITORY}/raw/main/\\2)'\n" in filled
+        assert f"'[\\1]({REPOSITORY}/blob/main/\\2)'\n" in filled
+        assert self.hook.with_readme_links(filled, "") == settings
+
+    @pytest.mark.parametrize("path", hook.writers(), ids=name_of)
     def test_what_follows_is_up_to_date(self, path: Path) -> None:
         text = path.read_text("utf-8")
-        name = "with_badges" if path.suffix == ".md" else "with_install_source"
-        hook = getattr(self.hook, name)
-        assert "badges -->" in text or text.count("\nhbp_source = ") == 1
-        assert hook(text, self.hook.address()) == text, "`make sync` writes it anew"
+        write, where = self.hook.writers()[path], self.hook.address()
+        assert write(text, f"{REPOSITORY}/new") != text
+        assert write(text, where) == text, "`make sync` writes it anew"
 
 
 class TestPagesHook:

@@ -156,11 +156,12 @@ class Interruption:
         self.lines, self.inside = range(block.body[0].lineno, end + 1), False
 
     def __enter__(self) -> Interruption:
+        self.before = sys.gettrace()  # Coverage may be watching.
         sys.settrace(self._trace)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self.before)
 
     def _trace(self, frame: Any, event: str, _: object) -> Any:
         if event == "line":
@@ -240,6 +241,7 @@ def test_the_signal_of_ctrl_c_is_caught() -> None:
 # --- Without growth -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_in_a_process_of_its_own() -> None:
     """All tests of tests/alone, where nothing else is in memory."""
     path = os.pathsep.join(sys.path)  # with those that pytest added
