@@ -119,9 +119,12 @@ def wrong_metadata(raw: bytes, root: Path, version: str) -> Iterator[str]:
         return
     if str(metadata.version) != version:
         yield f"says version {metadata.version}, not {version}"
+    if lost := relative_targets(metadata.description or ""):
+        yield f"has a readme with links that an index cannot follow: {lost}"
     if metadata.description_content_type != "text/markdown":
         yield f"describes itself in {metadata.description_content_type}, not Markdown"
-    if metadata.description != (root / "README.md").read_text("utf-8"):
+    title, *_ = (root / "README.md").read_text("utf-8").splitlines()
+    if not (metadata.description or "").startswith(title):
         yield "describes itself in other words than README.md"
     if "tutorials" not in (metadata.provides_extra or []):
         yield "lacks the extra tutorials, which error messages recommend"
@@ -203,6 +206,7 @@ def wrong_types(python: Path) -> Iterator[str]:
         done = subprocess.run(
             [sys.executable, "-m", "mypy", *strict, *seen_by],
             cwd=temporary,
+            env={k: v for k, v in os.environ.items() if "PATH" not in k or k == "PATH"},
             capture_output=True,
             text=True,
         )
@@ -246,8 +250,6 @@ def main() -> None:
         failed = failed or bool(found)
         print(f"{name}: {'' if found else 'as it should be'}", flush=True)
         print(*(f"  {problem}\n" for problem in found), sep="", end="", flush=True)
-    if lost := relative_targets((ROOT / "README.md").read_text("utf-8")):
-        print(f"note: an index will not find what README.md links to: {lost}")
     sys.exit(failed)
 
 
