@@ -47,7 +47,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(TUTORIALS.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         page, figures = render(notebook, path.stem)
-        page = with_header(page, path.stem, notebook.metadata.get("hbp", {}))
+        record = notebook.metadata.get("hbp", {})
+        runs = {key: run for key, run in record.items() if key != "code"}
+        page = with_header(page, path.stem, runs)
         downloads = {p.name: p.read_bytes() for p in (path, path.with_suffix(".py"))}
         for name, content in {f"{path.stem}.md": page, **figures, **downloads}.items():
             uri = f"tutorials/{name}"
