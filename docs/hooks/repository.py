@@ -53,7 +53,7 @@ def badges(where: str) -> str:
         return ""
     workflow = f"{where}/actions/workflows/site.yml"
     shown = [f"[![Tests]({workflow}/badge.svg)]({workflow})"]
-    if colab := colab_link(where, "tutorials/01_single_layer_mnist.ipynb"):
+    if colab := colab_link(where, "tutorials/00_hbp_in_a_hundred_lines.ipynb"):
         shown.append(f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({colab})")
     return "\n".join(shown) + "\n"
 

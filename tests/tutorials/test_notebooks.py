@@ -50,7 +50,7 @@ def is_figure(output: NotebookNode) -> bool:
 def test_tutorials_come_in_pairs() -> None:
     notebooks = {path.stem for path in TUTORIALS.glob("*.ipynb")}
     assert notebooks == {path.stem for path in SCRIPTS}
-    assert {"01_single_layer_mnist", "02_sequential_cifar10"} <= notebooks
+    assert {"00_hbp_in_a_hundred_lines", "01_single_layer_mnist"} <= notebooks
 
 
 def test_script_and_notebook_are_the_same(script: Path, notebook: NotebookNode) -> None:
