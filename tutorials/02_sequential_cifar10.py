@@ -12,7 +12,7 @@
 # %% [markdown]
 # # A deep network on CIFAR-10
 #
-# [The first tutorial](01_single_layer_mnist.ipynb) sent curvature
+# [The MNIST tutorial](01_single_layer_mnist.ipynb) sent curvature
 # through one layer. Now we send it through a whole network, and train
 # that network with it.
 #
@@ -135,7 +135,7 @@ print(model)
 # layers do the same. In addition they know how to send curvature
 # backward. How they average it over a batch is printed with them:
 # `avg_input_jac` and `avg_param_jac` stand for the averaged Jacobians
-# of the first tutorial.
+# of the MNIST tutorial.
 #
 # We keep a copy of the untrained model. The competitors shall start
 # from the same weights.

@@ -21,7 +21,7 @@
 # - where the Hessian bends downward, what that does to a Newton step,
 #   and how three other curvature matrices mend it.
 #
-# You need [the first tutorial](01_single_layer_mnist.ipynb), or at
+# You need [the MNIST tutorial](01_single_layer_mnist.ipynb), or at
 # least its idea: curvature is sent backward, like a gradient.
 
 # %% [markdown]

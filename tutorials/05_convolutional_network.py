@@ -264,7 +264,7 @@ for treatment, reference in references.items():
 print("Every block of 20 samples is exact, Hessian and GGN.")
 
 # %% [markdown]
-# The averaged blocks of [the first
+# The averaged blocks of [the MNIST
 # tutorial](01_single_layer_mnist.ipynb) were exact for one sample.
 # These are exact for any number.
 #
