@@ -449,9 +449,9 @@ print("SGD is still on it.")
 #
 # Take the network as it starts, and a weight's block
 # $H \otimes \bar x \bar x^\top$. Of all directions in the space of
-# inputs, it knows a single one, that of the mean input $\bar x$. Split
-# the gradient $g$ into the part along $\bar x$ and the rest. On the
-# rest the block is zero, and the equation for the step becomes
+# inputs, it knows a single one, that of the mean input $\bar x$.
+# Split the gradient $g$ into the part along $\bar x$ and the rest. On
+# the rest the block is zero, and the equation for the step becomes
 # $\alpha d = -g$. That is plain gradient descent, at a learning rate
 # of $\mathrm{lr} / \alpha = 10$. Along $\bar x$, the block holds the
 # step back wherever it is larger than $\alpha$. In the last layer it
@@ -491,13 +491,14 @@ print("Gradient descent at the rate of 10 overshoots, and climbs.")
 
 # %% [markdown]
 # The last of these lines explains the plateau. In a valley of
-# curvature $\lambda$, gradient descent multiplies the distance to the bottom by
-# $1 - \mathrm{lr} \cdot \lambda$ in each step. Where that is below
-# $-1$, each step ends further away, on the other side. In the last
-# layer, along $\bar x$, a rate of 10 is far beyond this, so SGD has
-# to be slow there. Since it has one rate for all directions, it is
-# slow in all of them, although nearly all of them are flat. The first
-# layers, where gradients are tiny, need a high rate and do not get it.
+# curvature $\lambda$, gradient descent multiplies the distance to the
+# bottom by $1 - \mathrm{lr} \cdot \lambda$ in each step. Where that is
+# below $-1$, each step ends further away, on the other side. In the
+# last layer, along $\bar x$, a rate of 10 is far beyond this, so SGD
+# has to be slow there. Since it has one rate for all directions, it
+# is slow in all of them, although nearly all of them are flat. The
+# first layers, where gradients are tiny, need a high rate and do not
+# get it.
 #
 # If that is the reason, then we need no curvature at all once we know
 # where the loss is steep. So let us throw it away, and do gradient
