@@ -32,7 +32,7 @@ OLDEST_PYTHON ?= $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tutorials test test-all official oldest execute time sync docs \
-        serve lint size calls bench bench-accuracy bench-paper bench-convolution \
+        serve lint size calls gpu bench bench-accuracy bench-paper bench-convolution \
         bench-tested wheel check-dist colab browser constraints clean
 
 help:  ## list the targets
@@ -111,6 +111,13 @@ size:  ## lines of code of the package, file by file
 
 calls: $(TUTORIALS)  ## how many functions one step runs through
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks.calls
+
+gpu: $(TESTS) .venv/has-bench  ## on a GPU: its tests, steps timed, tutorials timed
+	$(BIN)/pytest tests/core/test_device.py tests/core/test_cost.py
+	$(BIN)/pytest tests/addons/test_parallel.py -k shared_with_nobody
+	PYTHONPATH=tests $(BIN)/python -m benchmarks --device cuda
+	$(BIN)/python tools/draw_benchmarks.py
+	env -u HBP_TUTORIAL $(RUN) time
 
 bench: $(TESTS) .venv/has-bench  ## time a training step next to those of others
 	PYTHONPATH=tests $(BIN)/python -m benchmarks

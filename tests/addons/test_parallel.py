@@ -254,12 +254,40 @@ def test_trouble_leaves_nothing_behind(found: list[Found]) -> None:
 
 
 @pytest.fixture
-def world_of_one(tmp_path: Path):
-    dist.init_process_group(
-        "gloo", f"file://{tmp_path}/store", rank=0, world_size=1, timeout=None
-    )
+def world_of_one(tmp_path: Path, request: pytest.FixtureRequest):
+    backend, store = getattr(request, "param", "gloo"), f"file://{tmp_path}/store"
+    dist.init_process_group(backend, store, rank=0, world_size=1, timeout=None)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+BACKENDS = [("gloo", "cpu"), pytest.param("nccl", "cuda", marks=NO_GPU)]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("world_of_one", "device"), BACKENDS, indirect=["world_of_one"]
+)
+def test_a_batch_that_is_shared_with_nobody(
+    world_of_one: Any, device: str, exact: bool
+) -> None:
+    """One process, by way of its group: the same step as without."""
+    make = hbp.per_sample_hessian if exact else hbp.batch_summed_hessian
+    twins = [small_net().to(device) for _ in range(2)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    x, y = (part.to(device) for part in small_batch())
+    for model, group in zip(twins, [None, world_of_one], strict=True):
+        optimizer = hbp.CGNewton(model.parameters(), lr=0.1, alpha=0.1)
+        loss = cross_entropy(outputs := model(x), y)
+        hessian = make(loss, outputs)
+        loss.backward()
+        model.backward_hessian(
+            hessian, modify_2nd_order_terms="abs", process_group=group
+        )
+        optimizer.step()
+    for p, q in zip(*(model.parameters() for model in twins), strict=True):
+        close(p.cpu(), q.cpu())
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, True, "3", None])
