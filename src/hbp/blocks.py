@@ -92,9 +92,9 @@ class BlockDiagonal(SymmetricOperator):
     def __init__(self, outer: SymmetricOperator, sizes: Sequence[int]) -> None:
         super().__init__(outer.shape[0], outer, outer.reads)
         self.outer, self.sizes = outer, list(sizes)
-        block = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        masks = block == torch.arange(len(sizes))[:, None]
-        self._masks = masks.to(outer.device, outer.dtype)  # [blocks, n]
+        # Made on the device: for a copy to it the host would wait, at every layer.
+        ones = torch.ones(1, sum(sizes), dtype=outer.dtype, device=outer.device)
+        self._masks = torch.block_diag(*ones.split(self.sizes, dim=1))  # [blocks, n]
 
     def product(self, rows: Tensor) -> Tensor:
         alone = (rows[:, None] * self._masks).flatten(0, 1)

@@ -166,7 +166,7 @@ def _cross_entropy_weights(
         probability = targets.to(logits).reshape(logits.shape) * (1 - smoothing)
         probability = probability + smoothing / classes
         weights = torch.einsum("c,ncs->ns", class_weight, probability)
-        total = logits.new_tensor(count * positions)
+        total = logits.new_full((), count * positions)  # Not a copy, as new_tensor.
     else:
         labels = targets.long().reshape(count, positions)  # uint8 would be a mask.
         counted = labels != loss.ignore_index
