@@ -42,7 +42,10 @@ METHODS = ["tolist", "numpy", "cpu"]
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a device, though here it is the CPU."""
+    """Counts what makes the host wait for a device, though here it is the CPU.
+
+    On a device that is another one, it waits for every copy between the two as well.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -53,7 +56,10 @@ class Reads(TorchDispatchMode):
     def _counted(self, method: Callable) -> Callable:
         def wrapper(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.count += self._active
-            return method(tensor, *args, **kwargs)
+            active, self._active = self._active, False  # Its operations are that read.
+            result = method(tensor, *args, **kwargs)
+            self._active = active
+            return result
 
         return wrapper
 
@@ -73,8 +79,17 @@ class Reads(TorchDispatchMode):
             index is not None and index.dtype in (torch.bool, torch.uint8)
             for index in args[1]
         )
-        self.count += name in READING or by_mask
+        reads = name in READING or by_mask or moves(name, args, kwargs or {})
+        self.count += self._active and reads
         return func(*args, **(kwargs or {}))
+
+
+def moves(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether an operation is a copy from one device to another."""
+    if name not in ("copy_", "_to_copy"):
+        return False
+    there = args[1].device if name == "copy_" else kwargs.get("device")
+    return there is not None and torch.device(there).type != args[0].device.type
 
 
 @pytest.fixture
@@ -124,11 +139,19 @@ def test_the_counter_counts_nothing_else(reads: Reads) -> None:
 class Iteration:
     """One iteration of training, in the parts that read."""
 
-    def __init__(self, depth: int, solver: str, treatment: str | None, **options: Any):
+    def __init__(
+        self,
+        depth: int,
+        solver: str,
+        treatment: str | None,
+        device: str = "cpu",
+        **options: Any,
+    ) -> None:
         torch.manual_seed(depth)
-        self.model = sigmoid_net([12] * depth + [10]).double()
+        self.model = sigmoid_net([12] * depth + [10]).double().to(device)
         self.loss_func = nn.CrossEntropyLoss()
-        self.x, self.y = torch.rand(20, 12).double(), torch.arange(20) % 10
+        self.x = torch.rand(20, 12).double().to(device)
+        self.y = (torch.arange(20) % 10).to(device)
         self.treatment = treatment
         self.optimizer = hbp.CGNewton(
             self.model.parameters(), 0.1, 0.1, solver=solver, **options
@@ -224,9 +247,7 @@ def test_reads_of_the_averaged_product_with_few_samples(
 @pytest.mark.parametrize("depth", [3, 8])
 def test_a_gpu_waits_no_more_often_than_it_is_read(solver: str, depth: int) -> None:
     """As torch counts it: no wait but the reads that are counted above on the CPU."""
-    training = Iteration(depth, solver, "abs", cg_tol=1e-6)
-    training.model.cuda()
-    training.x, training.y = training.x.cuda(), training.y.cuda()
+    training = Iteration(depth, solver, "abs", "cuda", cg_tol=1e-6)
 
     def waits(function: Callable[[], Any]) -> int:
         torch.cuda.set_sync_debug_mode("warn")
