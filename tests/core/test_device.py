@@ -111,7 +111,11 @@ def here_and_there(
 
 
 def same(there: Tensor, here: Tensor, rtol: float = 1e-9, atol: float = 1e-12) -> None:
-    """On the device, with the numbers of the CPU."""
+    """On the device, with the numbers of the CPU.
+
+    Rounded in another order, even on the pretended device: autograd takes a layer norm
+    apart there, which is one operation on the CPU. There 4e-16 was measured at most.
+    """
     assert there.device.type != "cpu"
     torch.testing.assert_close(there.cpu(), here, rtol=rtol, atol=atol)
 
@@ -158,7 +162,7 @@ def test_steps_are_those_of_the_cpu(
             backward(twin, inputs, labels, scheme, "abs")
             optimizer.step()
     for p, q in zip(*(model.parameters() for model, *_ in twins), strict=True):
-        # Rounded in another order; after two steps 3e-11 was measured at most.
+        # After two steps 3e-11 was measured at most, on the pretended device 2e-12.
         same(q.detach(), p.detach(), rtol=1e-8, atol=1e-9)
 
 
@@ -198,12 +202,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return Reads(monkeypatch)
 
 
-@pytest.mark.parametrize("reader", READERS)
+# Torch gives no array of NumPy from a device.
+@pytest.mark.parametrize("reader", [name for name in READERS if name != "numpy"])
 @ON_PRETENDED
 def test_the_counter_counts_there_too(reads: Reads, reader: str, device: str) -> None:
-    if reader != "numpy":  # Which torch refuses there, as on a GPU.
-        x = torch.arange(3.0).to(device)
-        assert reads.of(lambda: READERS[reader](x)) == 1
+    x = torch.arange(3.0).to(device)
+    assert reads.of(lambda: READERS[reader](x)) == 1
 
 
 CROSSINGS: dict[str, Callable[[Tensor], Any]] = {
@@ -247,7 +251,7 @@ def test_the_pretended_device_refuses_to_mix(mixed: str, device: str) -> None:
 
 @ON_PRETENDED
 def test_the_pretended_device_draws_no_numbers(device: str) -> None:
-    """Hence no test here passes by a generator on it."""
+    """So nothing that is tested here needs a generator on its device."""
     with pytest.raises(NotImplementedError, match="Generator"):
         torch.Generator(device)
 
