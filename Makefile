@@ -40,7 +40,7 @@ help:  ## list the targets
 
 $(BIN)/python:
 ifdef UV
-	$(UV) venv --quiet --python $(PYTHON) .venv
+	$(UV) venv --quiet $(if $(filter file,$(origin PYTHON)),,--python $(PYTHON)) .venv
 else
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "This Python has no venv module: on Debian, apt-get install python3-venv."; exit 1; }

@@ -42,7 +42,7 @@ def run(names: list[str]) -> tuple[int, int, float]:
     files = [str(path(name)) for name in names]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        options = ["-q", "-m", "", "-p", "no:cacheprovider", f"--junitxml={report}"]
         subprocess.run(
             [sys.executable, "-m", "pytest", *options, *files],
             stdout=subprocess.DEVNULL,

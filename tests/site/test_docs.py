@@ -33,6 +33,7 @@ EXAMPLES = [
 PUBLIC_HOSTS = {
     "arxiv.org",
     "doi.org",
+    "docs.astral.sh",
     # Not places but names: of the parts of an SVG figure.
     "creativecommons.org",
     "matplotlib.org",
