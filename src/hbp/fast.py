@@ -92,7 +92,8 @@ class RowsBlock(KroneckerBlock):
         as good as random, for which the device needs no generator. Where B or δ is not
         finite, or δᵀF is zero, the answer is no.
         """
-        probe = torch.arange(B.shape[1], device=B.device).square().cos().to(B)
+        numbers = torch.arange(B.shape[1], dtype=B.dtype, device=B.device)
+        probe = numbers.square().cos()
         expected, found = self._delta.T @ (self.rows @ probe), B @ probe
         # In units of the largest entry, so that no square underflows.
         unit = expected.abs().max()
