@@ -588,7 +588,8 @@ def test_a_norm_whose_square_python_cannot_hold() -> None:
     """``**`` raised OverflowError. Damping says that it cannot judge such a step."""
     p = one_number(0.0, 1e200, 1.0, torch.float64)
     optimizer = hbp.CGNewton([p], 0.5, 0.5)
+    damping = hbp.LevenbergMarquardt(optimizer)
     optimizer.step()
     assert p.item() == -0.5e200
     with pytest.raises(ValueError, match="numbers are too large"):
-        hbp.LevenbergMarquardt(optimizer).step(1.0, 0.5)
+        damping.step(1.0, 0.5)
