@@ -758,8 +758,8 @@ print("On test images, too.")
 # (The original's log ends at a batch accuracy of 0.517.) An epoch has
 # five times as many steps now, so compare the seconds, too. And most
 # of these changes would have helped SGD and Adam as well:
-# [When curvature pays](06_when_curvature_pays.ipynb) races all three
-# on equal terms.
+# [What curvature does](06_when_curvature_pays.ipynb) races all three
+# on equal terms, and asks what of it is curvature.
 #
 # ## Try it yourself
 #

@@ -765,7 +765,7 @@ print("Exact products first in epochs, Adam first in seconds.")
 # - [Exact products](../docs/exact.md): the how-to, with sub-blocks.
 # - [The mathematics](../docs/mathematics.md#exact), where the rules
 #   come from.
-# - [When curvature pays](06_when_curvature_pays.ipynb) races the
+# - [What curvature does](06_when_curvature_pays.ipynb) races the
 #   averaged kind over linear layers.
 # - F. Dangel, S. Harmeling, P. Hennig.
 #   [Modular Block-diagonal Curvature Approximations for Feedforward
