@@ -31,6 +31,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm as norm
 
 from .guards import full_precision, is_narrow, is_number
 from .jacobians import Batch, Jacobian, Term, as_batch
@@ -70,7 +71,8 @@ class Reading:
         samples: N if nothing is averaged, and None for averaged curvature.
         batch: Where means come from.
         blocks: The curvature that will be left on each parameter.
-        statistics: What has to be finite: a tensor, its name, and whose it is.
+        statistics: What has to be finite: the largest entry of a tensor, in absolute
+            value, its name, and whose it is. Not the tensor, which holds all samples.
     """
 
     modify: Any
@@ -93,7 +95,7 @@ class Reading:
         for part in J.parts or (J,):
             if part.data is not None and part.data.is_floating_point():
                 what = "input" if part.of_parameter else "derivative"
-                self.statistics.append((part.data, what, of))
+                self.statistics.append((norm(part.data, math.inf), what, of))
         if averaged:
             return self.batch.congruence(J, H, R)
         if self.samples:
@@ -103,7 +105,7 @@ class Reading:
     def totalled(self, second_order: Tensor, layer: HBPModule) -> Tensor:
         """What mod gets: the samples' terms, [N, ...], or their sum, [1, ...]."""
         total = second_order if self.samples else self.batch.total(second_order)
-        self.statistics.append((total, "second-order term", layer))
+        self.statistics.append((norm(total, math.inf), "second-order term", layer))
         return total
 
     def require_finite(self) -> None:
@@ -113,8 +115,7 @@ class Reading:
         """
         if not self.statistics:
             return
-        norm = torch.linalg.vector_norm
-        sizes = torch.stack([norm(t, math.inf) for t, _, _ in self.statistics]).tolist()
+        sizes = torch.stack([size for size, _, _ in self.statistics]).tolist()
         for size, (_, what, layer) in zip(sizes, self.statistics, strict=True):
             if not math.isfinite(size):
                 raise ArithmeticError(
