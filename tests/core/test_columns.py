@@ -207,6 +207,8 @@ CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "clipped": (lambda g: 0.37 * g, True),
     "turned": (lambda g: -1e-3 * g, True),
     "tiny": (lambda g: 1e-30 * g, True),
+    "clipped, then changed": (lambda g: 1e-6 * g * (1 + 0.05 * (g > 0)), False),
+    "clipped hard, then changed": (lambda g: 1e-15 * g * (1 + 0.05 * (g > 0)), False),
     "weight decay": (lambda g: g + 1e-4 * torch.randn_like(g), False),
     "one entry": (lambda g: g + 1e-2 * (g == g.max()), False),
     "one row gone": (lambda g: g * (torch.arange(OUT) > 0)[:, None], False),

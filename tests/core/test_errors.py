@@ -250,6 +250,23 @@ def test_bad_output_hessians(
     refuses(model, error, message, lambda: model.backward_hessian(hessian))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 3), (6, 3, 3)])
+def test_an_output_hessian_is_symmetric_up_to_round_off(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Off by 1 %, or by 0.1 %, is another matrix; by 10 eps, what autograd gives."""
+    model = small_net().to(dtype)
+    send_back(model, small_batch()[0].to(dtype), small_batch()[1])
+    symmetric = spd(3).to(dtype).expand(shape)
+    skew = symmetric.abs().max() * torch.tensor([[0, 1, 0], [0, 0, 0], [0, 0, 0.0]])
+    for off in (1e-2, 1e-3):
+        bent = symmetric + off * skew.to(dtype)
+        message = "output_hessian is not symmetric"
+        refuses(model, ValueError, message, lambda H=bent: model.backward_hessian(H))
+    model.backward_hessian(symmetric + 10 * torch.finfo(dtype).eps * skew.to(dtype))
+
+
 @pytest.mark.parametrize("name", ["ABS", "", "true", True, 0, [], {}, ("abs",)])
 def test_unknown_treatments(name: Any) -> None:
     model = trained()

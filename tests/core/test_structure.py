@@ -363,6 +363,34 @@ def test_a_small_remainder_is_scaled_like_a_large_one(
     assert error <= 1e-4 + 3e-7 / relative
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("solver", ["cg", "direct"])
+def test_a_remainder_whose_square_underflows_is_scaled_too(
+    solver: str, count: int
+) -> None:
+    """Inputs that are unit vectors, and a gradient of 1e-30 in the last feature.
+
+    Its square is 0 in float32, but the step there is -1e-30/α, or with CG what three
+    steps on the dense matrix in float64 make of it.
+    """
+    out, into, alpha = 4, 6, 0.02
+    rows, H = torch.eye(count, into), spd(out).float()
+    p = nn.Parameter(torch.zeros(out, into))
+    p.grad, p.hessian = torch.zeros(out, into), KroneckerBlock(DenseOperator(H), rows)
+    p.grad[:, 0], p.grad[:, -1] = torch.tensor([1.0, -2, 3, 0.5]), 1e-30
+    options = {"cg_tol": 1e-12, "cg_atol": 0.0, "cg_maxiter": 3}
+    hbp.CGNewton([p], 1.0, alpha, solver=solver, **options).step()
+    expected = -p.grad[:, -1].double() / alpha
+    if solver == "cg":
+        wide = KroneckerBlock(DenseOperator(H.double()), rows.double())
+        b = -p.grad.double().flatten()
+        found, _ = columns_by_cg(wide, b, alpha, tol=1e-12, maxiter=3)
+        expected = found.view(out, into)[:, -1]
+        assert expected.abs().min() > 1e-30
+    # Measured: 3e-8 at most.
+    close(p[:, -1].double(), expected, rtol=1e-5, atol=0)
+
+
 # --------------------------------------------------------------------------------------
 # DENSE_FEATURES.
 # --------------------------------------------------------------------------------------
