@@ -337,6 +337,31 @@ def break_things(group: dist.ProcessGroup, size: int) -> dict[str, Any]:
     return said
 
 
+def send_twice(group: dist.ProcessGroup, size: int) -> dict[str, Any]:
+    """Whether a second Hessian pass finds what the first one found, bit for bit."""
+    found = {}
+    for scheme in SCHEMES:
+        task = Task("dense", scheme, "none")
+        model, hessian = ready(task, dist.get_rank(), size)
+        layers = [layer for layer in model if hasattr(layer, "last_record")]
+        records = [layer.last_record for layer in layers]
+
+        def reads(hessian: Tensor = hessian, records: list[Any] = records) -> Any:
+            kept = [r.kept for r in records if r.keeps is not None]
+            return [hessian, *kept, *(r.output_gradient for r in records)]
+
+        before, passes = [tensor.clone() for tensor in reads()], []
+        for _ in range(2):
+            model.backward_hessian(hessian, False, "none", process_group=group)
+            passes.append([p.hessian.to_dense().clone() for p in model.parameters()])
+        found[scheme] = {
+            "same records": [layer.last_record for layer in layers] == records,
+            "same tensors": all(map(torch.equal, before, reads())),
+            "same bits": all(map(torch.equal, *passes)),
+        }
+    return found
+
+
 def answers(group: dist.ProcessGroup, size: int) -> dict[str, Any]:
     """The joint operator of exact products against that of one process."""
     task = Task("dense", "exact", "abs")
@@ -420,6 +445,7 @@ def main() -> None:
                 "trained": compare(group, size, alone),
                 "messages": count_messages(group, size),
                 "said": break_things(group, size),
+                "twice": send_twice(group, size),
                 "answers": answers(group, size),
                 "lengths": compare_lengths(group, size),
             }

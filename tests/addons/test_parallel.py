@@ -106,6 +106,13 @@ def test_joint_operators_answer_as_those_of_one_process(found: list[Found]) -> N
         assert answers == pytest.approx(dict.fromkeys(answers, 0), abs=1e-13)
 
 
+def test_a_pass_leaves_all_that_it_reads(found: list[Found]) -> None:
+    """It runs twice, to ask and with the answers; and so may the user's call."""
+    for process in found:
+        for scheme, said in process["twice"].items():
+            assert all(said.values()), (scheme, said)
+
+
 def test_processes_find_the_lengths_of_one(found: list[Found]) -> None:
     first = found[0]["lengths"]
     for process in found:
