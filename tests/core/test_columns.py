@@ -143,6 +143,17 @@ def test_without_damping_the_step_stays_in_the_span(inputs: Tensor) -> None:
         assert (b - matrix @ p.detach().flatten()).norm() <= 1e-5 * b.norm()
 
 
+@pytest.mark.parametrize("samples", [2, 20])
+def test_without_damping_no_step_leads_along_round_off(samples: int) -> None:
+    """Repeated samples: eigenvalues that are 0 up to round-off have no direction."""
+    p = weight(randn(2, IN).repeat(samples // 2 + 1, 1), torch.eye(OUT).double(), False)
+    p.grad = randn(OUT, IN)
+    info = step(p, alpha=0.0, cg_tol=1e-9, cg_atol=0.0)
+    assert info.negative_curvature
+    # Gradients of norm 7 over eigenvalues of 3; 1e-16 of these would give 1e16.
+    assert info.step_norm < 1e3
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_round_off_is_not_solved_for(inputs: Tensor, told: bool) -> None:
     """A singular H, beside which α is next to nothing, as under a loss of 1e37.

@@ -267,6 +267,14 @@ def test_an_output_hessian_is_symmetric_up_to_round_off(
     model.backward_hessian(symmetric + 10 * torch.finfo(dtype).eps * skew.to(dtype))
 
 
+def test_an_output_hessian_may_have_a_graph() -> None:
+    """Curvature does not carry it on, and so does not keep it alive."""
+    model = trained()
+    model.backward_hessian(2 * H.clone().requires_grad_())
+    for p in model.parameters():
+        assert not p.hessian.to_dense().requires_grad
+
+
 @pytest.mark.parametrize("name", ["ABS", "", "true", True, 0, [], {}, ("abs",)])
 def test_unknown_treatments(name: Any) -> None:
     model = trained()
@@ -296,6 +304,25 @@ def test_not_finite_in_the_model(where: str, bad: float, treatment: str | None) 
         ArithmeticError,
         r"of HBP\w+\(.*NaN or infinity",
         lambda: model.backward_hessian(H, modify_2nd_order_terms=treatment),
+    )
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_not_finite_in_a_branch_without_parameters(average: bool) -> None:
+    """Its derivative is part of a sum, and is looked at as if it stood alone."""
+    model = HBPSequential(
+        HBPLinear(4, 3), hbp.HBPResidual(HBPSequential(HBPSigmoid())), HBPLinear(3, 3)
+    ).double()
+    model.set_hbp_approximation(average_input_jacobian=average)
+    loss, _ = forward(model)
+    loss.backward()
+    model[1].branch[0].last_record.kept.data[0, 0] = NAN
+    message = r"The derivative of HBP.* contains NaN or infinity"
+    refuses(
+        model,
+        ArithmeticError,
+        message,
+        lambda: model.backward_hessian(H, False, "zero"),
     )
 
 

@@ -314,6 +314,17 @@ def test_solve_without_damping(pair: Pair) -> None:
         close(operator.solve(b), np.linalg.solve(dense, b), rtol=1e-9)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_of_two_right_hand_sides_without_a_solution(rows: int) -> None:
+    """The zero vector is in any range, but makes no other one solvable."""
+    block = KroneckerBlock(DenseOperator(spd(3)), randn(rows, 4))
+    b = torch.stack([torch.zeros(12).double(), randn(12)])
+    close(block.solve(b[:1].T), torch.zeros(12, 1).double())
+    for order in ([0, 1], [1, 0]):
+        with pytest.raises(ArithmeticError, match="singular"):
+            block.solve(b[order].T)
+
+
 def test_a_system_is_an_isometry(pair: Pair) -> None:
     """A, b and every Krylov vector in orthonormal coordinates of a subspace."""
     operator, dense = pair
@@ -502,6 +513,21 @@ def test_a_matrix_that_was_formed_survives_the_weight() -> None:
     with torch.no_grad():
         weight.add_(1)
     close(operator.to_dense(), dense)
+
+
+def test_a_matrix_that_was_formed_serves_products() -> None:
+    """Also one that is too large to be formed for them; H is not asked again."""
+    asked = []
+    H = MatrixFree(
+        lambda v: asked.append(1) or 2 * v, 3, torch.float64, torch.device("cpu")
+    )
+    operator, v = Congruence(H, Matrix(randn(3, 300), 1)), randn(300)
+    before = operator @ v
+    assert asked
+    operator.to_dense()
+    asked.clear()
+    close(operator @ v, before)
+    assert not asked
 
 
 def test_products_notice_a_changed_weight_though_the_matrix_was_formed() -> None:
@@ -711,6 +737,13 @@ def test_matrix_free_products_may_carry_a_graph() -> None:
     operator = MatrixFree(product, 3, theta.dtype, theta.device)
     with torch.no_grad():
         close(operator.to_dense(), torch.diag(theta.exp()))
+
+
+def test_no_answer_carries_the_graph_of_a_matrix_free_product() -> None:
+    scale = randn(3).exp().requires_grad_()
+    operator = MatrixFree(lambda v: scale * v, 3, scale.dtype, scale.device)
+    for answer in (operator @ randn(3), operator.to_dense(), operator.diagonal()):
+        assert not answer.requires_grad
 
 
 def test_decompositions_on_which_float32_gives_up() -> None:

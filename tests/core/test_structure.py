@@ -498,6 +498,20 @@ def test_a_matrix_is_formed_only_where_it_is_small(
         assert [count == 1 for count in later] == [formed] * 2
 
 
+@pytest.mark.parametrize(("above", "formed"), [(40, True), (41, False)])
+def test_no_large_matrix_is_formed_for_a_small_one(
+    monkeypatch: pytest.MonkeyPatch, above: int, formed: bool
+) -> None:
+    """At most four times the features of the largest matrix that is formed at once."""
+    monkeypatch.setattr(operators, "DENSE_FEATURES", 10)
+    operator = through(Matrix(randn(above, 3), 1), DenseOperator(spd(above)))
+    v = randn(1, 3)
+    first = operator.product(v)
+    with Operations() as operations:
+        close(operator.product(v), first)
+    assert (operations.count == 1) == formed
+
+
 def test_errors_are_the_same_with_and_without_a_matrix(both_ways: Any) -> None:
     """Above all that curvature is stale after a step, though a matrix was formed."""
 
