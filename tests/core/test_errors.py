@@ -307,6 +307,17 @@ def test_not_finite_in_the_model(where: str, bad: float, treatment: str | None) 
     )
 
 
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_gradient_that_is_not_finite_is_no_second_order_term(bad: float) -> None:
+    """Derivatives are finite, and so is the output Hessian that is given."""
+    model = small_net()
+    _, outputs = forward(model)
+    (outputs * bad).sum().backward()
+    message = "The second-order term of HBPSigmoid.* contains NaN or infinity"
+    refuses(model, ArithmeticError, message, lambda: model.backward_hessian(H))
+    model.backward_hessian(H, modify_2nd_order_terms="zero")
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_not_finite_in_a_branch_without_parameters(average: bool) -> None:
     """Its derivative is part of a sum, and is looked at as if it stood alone."""
@@ -324,6 +335,31 @@ def test_not_finite_in_a_branch_without_parameters(average: bool) -> None:
         message,
         lambda: model.backward_hessian(H, False, "zero"),
     )
+
+
+def test_a_buffer_that_has_changed() -> None:
+    """Evaluation reads the running variance, and another one is another layer."""
+    model = HBPSequential(
+        HBPLinear(4, 3), hbp.HBPBatchNorm1d(3, affine=False), HBPLinear(3, 3)
+    ).double()
+    loss, _ = forward(model.eval())
+    loss.backward()
+    model[1].running_var.mul_(2)
+    message = "A parameter or buffer of HBPBatchNorm1d.* has changed"
+    refuses(model, RuntimeError, message, lambda: model.backward_hessian(H))
+
+
+def test_gradients_that_were_cleared_by_hand_are_no_sum() -> None:
+    model = small_net()
+    loss, _ = forward(model)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    message = "gradients of .* are a sum over several passes"
+    refuses(model, RuntimeError, message, lambda: model.backward_hessian(H))
+    for p in model.parameters():
+        p.grad = None
+    loss.backward()
+    model.backward_hessian(H)
 
 
 def test_gradient_accumulation_is_refused() -> None:

@@ -174,7 +174,7 @@ class Record:
         # The hook runs before this backward pass adds to p.grad: what is there already
         # comes from another one. (In torch.func.functional_call p may be no leaf.)
         gradients = [p.grad for p, _ in self._state if p.is_leaf and p.grad is not None]
-        self._accumulated |= any(bool(g.any()) for g in gradients)
+        self._accumulated = any(bool(g.any()) for g in gradients)
         if self.successor and (after := self.successor()):
             after._accumulated |= after.output_gradient is not None
 
