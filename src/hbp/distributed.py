@@ -246,8 +246,7 @@ class JointBatch(FastBatch):
             return KroneckerBlock(H, (vectors * values.sqrt()).T.contiguous())
         everybody = self._all_samples(x)
         if delta is not None:
-            # The joint loss is a mean over processes, and so is its gradient.
-            delta = self._all_samples(delta) / self._size
+            delta = self._all_samples(delta)  # The block finds the factor, 1/k.
         return super().weight_block(H, everybody, delta)
 
     def _sum(self, alone: Tensor, summand: Callable[[], Tensor]) -> Tensor:

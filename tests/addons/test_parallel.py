@@ -297,6 +297,21 @@ def test_a_batch_that_is_shared_with_nobody(
         close(p.cpu(), q.cpu())
 
 
+def test_exact_curvature_of_all_is_stale_after_a_step_too(world_of_one: Any) -> None:
+    """A product, too, which asks the operator of this process behind its back."""
+    model, (x, y) = small_net(), small_batch()
+    loss = cross_entropy(outputs := model(x), y)
+    hessian = hbp.per_sample_hessian(loss, outputs)
+    loss.backward()
+    model.backward_hessian(hessian, process_group=world_of_one)
+    block = model[0].weight.hessian
+    block @ torch.ones(20, dtype=torch.float64)
+    with torch.no_grad():
+        model[2].weight.add_(1)
+    with pytest.raises(RuntimeError, match="has changed since"):
+        block @ torch.ones(20, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_dependent_inputs_have_a_root(world_of_one: Any, seed: int) -> None:
     """E[xxᵀ] is singular, and round-off makes an eigenvalue of it negative."""
