@@ -359,3 +359,25 @@ def test_seeds() -> None:
     default = draw()
     hbp.set_seeds(0)
     assert draw() == default
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(hbp.HBPLinear(4, 3), (4,)), (hbp.HBPConv2d(1, 2, 2), (1, 3, 3))],
+)
+def test_means_do_not_read_the_inputs(
+    layer: hbp.HBPModule, shape: tuple[int, ...]
+) -> None:
+    """A buffer for the next batch may be filled before the step on this one."""
+    layer, x = layer.double(), randn(5, *shape)
+    z = layer(x)
+    z.square().sum().backward()
+    layer.backward_hessian(torch.eye(z[0].numel()).double())
+    v = randn(layer.weight.numel())
+    expected = layer.weight.hessian @ v
+    x.zero_()
+    close(layer.weight.hessian @ v, expected)
+    # The weight of a linear map is not in its own curvature.
+    with torch.no_grad():
+        layer.weight.zero_()
+    close(layer.weight.hessian @ v, expected)
