@@ -29,8 +29,8 @@ from hbp import (
     condition_number,
     estimate_trace,
     extremal_eigenvalues,
+    inspect,
     inspect_curvature,
-    inspection,
     negative_mass,
 )
 from hbp.blocks import BlockDiagonal, split
@@ -96,7 +96,7 @@ def build(kind: str, make: Callable[[int], Tensor]) -> tuple[Any, np.ndarray]:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat every operator as too large to decompose."""
-    monkeypatch.setattr(inspection, "SMALL", 0)
+    monkeypatch.setattr(inspect, "SMALL", 0)
 
 
 class Untouchable(MatrixFree):
@@ -173,7 +173,7 @@ def test_lanczos_on_any_spectrum(
     matrix = basis * torch.tensor(spectrum, dtype=torch.float64) @ basis.T
     operator, dense = matrix_free((matrix + matrix.T) / 2), matrix.numpy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "SMALL", 0)
+        patch.setattr(inspect, "SMALL", 0)
         found = extremal_eigenvalues(operator, count, tolerance)
     values = np.linalg.eigvalsh(dense)
     for actual, residuals in [
@@ -220,8 +220,8 @@ def test_rank_one_ends_the_iteration(dtype: torch.dtype, count: int, n: int) -> 
 @pytest.mark.parametrize("n", [7, 2000])
 def test_round_off_is_no_direction(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     """Not even if it is underestimated: it lies within the space, and is dropped."""
-    monkeypatch.setattr(inspection, "SMALL", 0)
-    monkeypatch.setattr(inspection, "_round_off", lambda _: 0.0)
+    monkeypatch.setattr(inspect, "SMALL", 0)
+    monkeypatch.setattr(inspect, "_round_off", lambda _: 0.0)
     factor = randn(2, n) / n**0.5
     operator = of_rank(n, factor, torch.ones(2, dtype=torch.float64))
     found = extremal_eigenvalues(operator, 3, tolerance=0.0)
@@ -307,7 +307,7 @@ def test_weight_takes_lanczos_on_its_outputs(
     monkeypatch: pytest.MonkeyPatch, rows: int, make: Any, count: int
 ) -> None:
     """H is too large to decompose, the rows are not."""
-    monkeypatch.setattr(inspection, "SMALL", 5)
+    monkeypatch.setattr(inspect, "SMALL", 5)
     sizes = []
 
     def product(v: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ def test_weight_takes_lanczos_on_its_outputs(
 
 def test_rows_too_many_to_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the block is multiplied as any other."""
-    monkeypatch.setattr(inspection, "SMALL", 5)
+    monkeypatch.setattr(inspect, "SMALL", 5)
     monkeypatch.delattr(torch.linalg, "svdvals")
     H, F = spd(3), randn(7, 6)
     found = extremal_eigenvalues(KroneckerBlock(DenseOperator(H), F), 1, 0.0)
@@ -717,7 +717,7 @@ def test_unconverged_eigenvalues_are_marked(monkeypatch: pytest.MonkeyPatch) -> 
     operator = Untouchable(lambda v: values * v, 3000, values.dtype, values.device)
     layer.weight.hessian = operator
     short = extremal_eigenvalues(operator, maxiter=3)
-    monkeypatch.setattr(inspection, "extremal_eigenvalues", lambda *_, **__: short)
+    monkeypatch.setattr(inspect, "extremal_eigenvalues", lambda *_, **__: short)
     # Definite beyond doubt, so that only convergence is missing.
     report = inspect_curvature(layer, 0.9)
     assert not report.rows[0].converged

@@ -375,7 +375,7 @@ def test_default_step_with_adaptive_damping(device: str) -> None:
 @pytest.mark.parametrize("rows", [1024, 8])
 def test_inspection(rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact spectra, and where 8 rows are too many, those of Lanczos and of probes."""
-    monkeypatch.setattr(hbp.inspection, "SMALL", rows)
+    monkeypatch.setattr(hbp.inspect, "SMALL", rows)
 
     def work(place: str) -> list[Tensor]:
         model, x, y = small(place)
