@@ -362,14 +362,14 @@ def test_seeds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"),
-    [(hbp.HBPLinear(4, 3), (4,)), (hbp.HBPConv2d(1, 2, 2), (1, 3, 3))],
+    ("make", "shape"),
+    [(lambda: hbp.HBPLinear(4, 3), (4,)), (lambda: hbp.HBPConv2d(1, 2, 2), (1, 3, 3))],
 )
 def test_means_do_not_read_the_inputs(
-    layer: hbp.HBPModule, shape: tuple[int, ...]
+    make: Callable[[], hbp.HBPModule], shape: tuple[int, ...]
 ) -> None:
     """A buffer for the next batch may be filled before the step on this one."""
-    layer, x = layer.double(), randn(5, *shape)
+    layer, x = make().double(), randn(5, *shape)
     z = layer(x)
     z.square().sum().backward()
     layer.backward_hessian(torch.eye(z[0].numel()).double())

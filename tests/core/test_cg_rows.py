@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hbp
+from hbp.core.cg import to_boundary
 from hbp.operators import DenseOperator
 
 NAN, INF = float("nan"), float("inf")
@@ -396,3 +397,11 @@ def test_arguments_are_left_alone() -> None:
     assert torch.equal(s.b, b)
     assert torch.equal(s.operator.to_dense(), matrix)
     assert not solve_rows([s._replace(b=b.requires_grad_())], 1e-4).x.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_start_beyond_the_boundary_by_round_off_is_on_it(dtype: torch.dtype) -> None:
+    """An iterate may be rounded up; the way to the boundary is then 0, not NaN."""
+    x = torch.tensor([[1 + torch.finfo(dtype).eps, 0]], dtype=dtype)
+    p, radius = torch.tensor([[1e-9, 1]], dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    assert to_boundary(x, p, radius).item() == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SCHEMES, TREATMENTS, close, randn
+from helpers import SCHEMES, TREATMENTS, close, randn, spd
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -802,6 +802,22 @@ class Largest(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self.nbytes = max(self.nbytes, value.untyped_storage().nbytes())
         return result
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_maxima_of_many_samples_are_counted(average: bool) -> None:
+    """300 equal images pick the same places: their mean Jacobian is that of one."""
+    pool, image = hbp.HBPMaxPool2d(2), randn(1, 2, 4, 4)
+    pool.set_hbp_approximation(average_input_jacobian=average)
+    found = []
+    for count in (1, 300):
+        torch.manual_seed(1)
+        z = pool(image.expand(count, -1, -1, -1).clone().requires_grad_())
+        z.sum().backward()
+        H = pool.backward_hessian(spd(8), compute_input_hessian=True)
+        assert H is not None
+        found.append(H.to_dense())
+    close(*found)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
