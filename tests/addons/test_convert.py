@@ -960,3 +960,23 @@ def test_models_of_torchvision(name: str, size: int) -> None:
     product = first.hessian @ first.detach().reshape(-1, 1)
     assert product.isfinite().all()
     assert product.any()
+
+
+class Shadowed(nn.Module):
+    """Its layers have the names that torch.fx gives to the function, and the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.relu_ = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu_(self.relu(F.relu(x)))
+
+
+def test_a_layer_for_a_function_takes_no_name_of_another() -> None:
+    model = Shadowed().double()
+    twin = hbp.convert(model)
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    x = randn(5, 4)
+    assert torch.equal(twin(x), model(x))
+    assert len(list(twin.children())) == 3

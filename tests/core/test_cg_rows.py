@@ -405,3 +405,30 @@ def test_a_start_beyond_the_boundary_by_round_off_is_on_it(dtype: torch.dtype) -
     x = torch.tensor([[1 + torch.finfo(dtype).eps, 0]], dtype=dtype)
     p, radius = torch.tensor([[1e-9, 1]], dtype=dtype), torch.ones(1, 1, dtype=dtype)
     assert to_boundary(x, p, radius).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_radius_that_underflows_beside_the_gradient(dtype: torch.dtype) -> None:
+    """Next to no step, but a finite one, and on the boundary."""
+    largest, least = torch.finfo(dtype).max ** 0.5, torch.finfo(dtype).tiny
+    H, b = (
+        DenseOperator(torch.eye(3, dtype=dtype)),
+        largest * torch.ones(3, dtype=dtype),
+    )
+    found = solve_rows([Row(H, b, radius=least)], tol=1e-5)
+    assert found.on_boundary.all()
+    # The radius in units of b is rounded up to the least number.
+    assert 0 <= found.norm.item() <= 4 * least * largest
+    assert found.x.isfinite().all()
+
+
+def test_a_row_at_its_boundary_has_arrived() -> None:
+    """It iterates no further, while another one goes on."""
+    H, b = (
+        DenseOperator(torch.diag(torch.arange(1.0, 6)).double()),
+        torch.ones(5).double(),
+    )
+    found = solve_rows([Row(H, b, radius=0.1), Row(H, b)], tol=1e-10)
+    assert found.on_boundary.tolist() == [True, False]
+    assert found.iterations.tolist() == [1, 5]
+    assert found.norm[0].item() == pytest.approx(0.1)
