@@ -75,7 +75,7 @@ official: $(TESTS)  ## compare with the official data what was run with other co
 	  $(RUN) vouch $$name.py || exit 1; done
 
 execute: $(TUTORIALS)  ## run on the official data and overwrite the committed notebooks
-	$(FULL) $(RUN) run
+	$(FULL) $(RUN) run --jobs $(JOBS)
 
 time: $(TUTORIALS)  ## run on this machine's GPU, and note in the notebooks how long it took
 	env -u HBP_TUTORIAL $(RUN) time

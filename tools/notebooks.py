@@ -277,7 +277,8 @@ def run_all(scripts: list[Path], arguments: argparse.Namespace) -> None:
     """Run the scripts, some at a time; say where to look, and what went wrong."""
     if arguments.jobs > 1:
         # Processes that all want all cores would slow each other down.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)  # As the kernels; it goes on record.
     # What took longest last time comes first: what starts last shall be short.
     scripts = sorted(scripts, key=last_seconds, reverse=True)
     wrong = asyncio.run(run_each(scripts, arguments))
