@@ -31,7 +31,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout
 OLDEST_PYTHON ?= $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tutorials test test-all official oldest execute time sync docs \
+.PHONY: help setup tutorials test test-all coverage official oldest execute time sync docs \
         serve lint size calls gpu bench bench-accuracy bench-paper bench-convolution \
         bench-tested wheel check-dist colab browser constraints clean
 
@@ -68,6 +68,9 @@ test: $(SITE)  ## every cell of the tutorials, on small data, and the tests
 
 test-all: $(SITE) official oldest  ## with all that takes long, half an hour or more
 	$(ONE) HBP_TEST_ALL=1 HBP_FUZZ=1500 $(TEST) -m "" tests
+
+coverage: $(SITE)  ## which lines and branches of the package no test runs
+	$(ONE) $(TEST) -m "" --cov=hbp --cov-report=term-missing:skip-covered tests
 
 official: $(TESTS)  ## compare with the official data what was run with other code
 	for name in $$($(RUN) stale); do \

@@ -16,7 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import nbformat
 from nbformat import NotebookNode
@@ -29,6 +32,9 @@ ON_COLAB = ["torch", "torchvision", "matplotlib", "scikit-learn", "tqdm", "ipyke
 RUNNER = ["nbclient"]
 # Settings of this machine, which another one would not have.
 OURS = ("HBP_", "IPYTHON", "JUPYTER", "MPL", "PIP_", "PYTHON", "UV_", "VIRTUAL_ENV")
+
+# The folders of commands of those that are free.
+Machines = SimpleQueue[Path]
 
 
 def make_machine(folder: Path) -> Path:
@@ -95,34 +101,44 @@ def differences(here: Path, committed: Path) -> list[str]:
     ]
 
 
+def rehearse(committed: Path, folder: Path, machines: Machines, wheel: Path) -> bool:
+    """Run a notebook alone in a folder, on a free machine; say what is wrong."""
+    commands = machines.get()
+    folder.mkdir()
+    alone = Path(shutil.copy(committed, folder))
+    start = time.perf_counter()
+    wrong = ["it stops with an error"]
+    if run(alone, commands, wheel):
+        wrong = differences(alone, committed)
+    seconds = f"{time.perf_counter() - start:.0f} s"
+    verdict = "FAILED" if wrong else "runs alone, and its claims hold"
+    lines = [f"{committed.name}: {verdict} ({seconds})", *wrong]
+    print("\n".join(lines), flush=True)
+    # The next notebook finds the machine as bare as the first one did.
+    uninstall = [commands / "pip", "uninstall", "--quiet", "--yes", "hbp"]
+    subprocess.run(uninstall, check=True)
+    machines.put(commands)
+    return not wrong
+
+
 def main() -> None:
-    """Rehearse every tutorial in one bare environment."""
+    """Rehearse every tutorial, two at a time, each in a bare environment."""
     wheels = sorted((ROOT / "dist").glob("*.whl"))
     if len(wheels) != 1:
         sys.exit(f"dist/ has {len(wheels)} wheels, not 1: `make wheel` first")
-    failed = []
-    with tempfile.TemporaryDirectory() as temporary:
-        commands = make_machine(Path(temporary) / "machine")
-        look = [commands / "python", "-c", "import hbp"]
-        found = subprocess.run(look, cwd=temporary, stderr=subprocess.DEVNULL)
-        if found.returncode == 0:
-            sys.exit("the bare environment has hbp already: nothing is rehearsed")
-        for committed in sorted((ROOT / "tutorials").glob("*.ipynb")):
-            folder = Path(temporary) / committed.stem
-            folder.mkdir()
-            alone = Path(shutil.copy(committed, folder))
-            start = time.perf_counter()
-            wrong = ["it stops with an error"]
-            if run(alone, commands, wheels[0]):
-                wrong = differences(alone, committed)
-            seconds = f"{time.perf_counter() - start:.0f} s"
-            verdict = "FAILED" if wrong else "runs alone, and its claims hold"
-            print(f"{committed.name}: {verdict} ({seconds})", *wrong, sep="\n")
-            failed += [committed.name] if wrong else []
-            # The next notebook finds the machine as bare as the first one did.
-            uninstall = [commands / "pip", "uninstall", "--quiet", "--yes", "hbp"]
-            subprocess.run(uninstall, check=True)
-    if failed:
+    notebooks = sorted((ROOT / "tutorials").glob("*.ipynb"))
+    machines: Machines = SimpleQueue()
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
+        for name in "ab":
+            machines.put(commands := make_machine(Path(temporary) / name))
+            look = [commands / "python", "-c", "import hbp"]
+            found = subprocess.run(look, cwd=temporary, stderr=subprocess.DEVNULL)
+            if found.returncode == 0:
+                sys.exit("the bare environment has hbp already: nothing is rehearsed")
+        folders = [Path(temporary) / notebook.stem for notebook in notebooks]
+        ran = partial(rehearse, machines=machines, wheel=wheels[0])
+        good = dict(zip(notebooks, pool.map(ran, notebooks, folders), strict=True))
+    if failed := [notebook.name for notebook in notebooks if not good[notebook]]:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
