@@ -491,15 +491,16 @@ deep_logs = race(
     decay=0.8,
 )
 
-# %% alt="The same four panels for the deep network. HBP and centred SGD leave the others behind after two epochs. Adam follows at some distance. SGD stays at the accuracy of guessing." tags=["nbval-ignore-output"]
+# %% alt="The same four panels for the deep network. HBP and centred SGD, which is a little ahead of it, leave the others behind. Adam follows at some distance. SGD stays at the accuracy of guessing." tags=["nbval-ignore-output"]
 draw(deep_logs)
 
 # %% [markdown]
 # Here the curves part. SGD sits on the plateau. Adam leaves it, and
-# then learns slowly. HBP goes ahead, and again centred SGD goes with
-# it. So what leaves the plateau is not the size of the curvature. It
-# is that one steep direction of each layer is held back, so that all
-# others may move fast.
+# then learns slowly. HBP goes ahead of both, and centred SGD, which
+# has no curvature, goes as far in less time. So what leaves the
+# plateau is not the size of the curvature. It is that one steep
+# direction of each layer is held back, so that all others may move
+# fast.
 
 # %%
 test, train_accuracy = (
