@@ -326,7 +326,6 @@ def test_dependent_inputs_have_a_root(world_of_one: Any, seed: int) -> None:
     for group in (None, world_of_one):
         model.backward_hessian(hessian, process_group=group)
         blocks.append(model[0].weight.hessian.to_dense())
-    # Measured: 1e-16, of entries up to 0.3.
     close(*blocks)
 
 

@@ -150,7 +150,7 @@ def test_without_damping_no_step_leads_along_round_off(samples: int) -> None:
     p.grad = randn(OUT, IN)
     info = step(p, alpha=0.0, cg_tol=1e-9, cg_atol=0.0)
     assert info.negative_curvature
-    # Gradients of norm 7 over eigenvalues of 3; 1e-16 of these would give 1e16.
+    # An eigenvalue that is round-off, about 1e-16, would make a step of about 1e16.
     assert info.step_norm < 1e3
 
 

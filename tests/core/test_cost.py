@@ -442,8 +442,9 @@ def test_a_pass_holds_the_samples_of_one_layer_at_a_time(
 ) -> None:
     """What a layer's rules form for all samples is gone when the next layer is met.
 
-    Measured, in arrays [N, features]: a pass takes 3 to 10 at its peak, and ten layers
-    more add 0.01, which are their matrices.
+    Measured with averaged Jacobians, in arrays [N, features]: a pass takes 3 to 10 at
+    its peak, and ten layers more add 0.01, which are their matrices. With averaged
+    products ten layers more added 10, as long as the pass held their derivatives.
     """
     samples, features, peaks = 4096, 8, []
     for depth in (3, 13):
