@@ -362,3 +362,22 @@ def test_steps_repeat_bit_for_bit() -> None:
         hbp.CGNewton(model.parameters(), 1.0, ALPHA).step()
         runs.append(values(model))
     assert all_equal(*runs)
+
+
+def test_rows_under_a_weight_that_has_changed_are_refused() -> None:
+    """Also where the gradient is δᵀF, for which no basis is formed."""
+    model = hbp.HBPSequential(
+        hbp.HBPLinear(40, 5), hbp.HBPSigmoid(), hbp.HBPLinear(5, 3)
+    )
+    model.set_hbp_approximation(average_parameter_jacobian=False)
+    optimizer = hbp.CGNewton([model[0].weight], lr=0.1, alpha=0.1)
+    loss = torch.nn.functional.cross_entropy(
+        outputs := model(torch.randn(6, 40)), torch.arange(6) % 3
+    )
+    hessian = hbp.batch_summed_hessian(loss, outputs)
+    loss.backward()
+    model.backward_hessian(hessian, modify_2nd_order_terms="abs")
+    with torch.no_grad():
+        model[2].weight += 1
+    with pytest.raises(RuntimeError, match="changed"):
+        optimizer.step()
