@@ -198,7 +198,7 @@ deep = [3072, 1024, 512, 256, 128, 64, 32, 16, 10]
 
 
 def look(sizes):
-    """Of each block, the largest eigenvalue; of g², the share along x̄."""
+    """The blocks' largest eigenvalues; shares of g² along x̄."""
     model = convert(network(sizes))
     x, labels = train_images[:500], train_labels[:500]
     outputs = model(x)
