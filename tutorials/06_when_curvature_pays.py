@@ -187,7 +187,7 @@ def sgd(model, lr):
 #
 # is $d = -g / \alpha$: gradient descent at the rate of
 # $\mathrm{lr} / \alpha$. Along $\bar x$ the largest eigenvalue of
-# the block is $\lambda_\max(H) \, \lVert \bar x \rVert^2$. Only
+# the block is $\lambda_{\max}(H) \, \lVert \bar x \rVert^2$. Only
 # where that is not small beside $\alpha$ does the block change the
 # step at all. Let us look, layer by layer, at the deep network of
 # below as it starts.
