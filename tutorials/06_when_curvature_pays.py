@@ -260,8 +260,8 @@ print("The last one is not.")
 # Let us take all curvature away, and keep only that: gradient descent
 # at the same rate of $\mathrm{lr} / \alpha$, in which no weight ever
 # moves along its layer's mean input. The biases, which have no
-# inputs, get a tenth of the rate. We call it *centred SGD*, because it moves
-# weights as if every layer's inputs had been centred.
+# inputs, get a tenth of the rate. We call it *centred SGD*, because
+# it moves weights as if every layer's inputs had been centred.
 
 
 # %%
@@ -438,9 +438,9 @@ draw(shallow_logs)
 
 # %% [markdown]
 # All four learn. HBP is ahead at the end, but not by much, and
-# centred SGD, which knows nothing of curvature, is close to it all the way.
-# Look at the panels on the right, too: by the clock, the race is
-# closer, and it depends on what you count as the goal.
+# centred SGD, which knows nothing of curvature, is close to it all
+# the way. Look at the panels on the right, too: by the clock, the
+# race is closer, and it depends on what you count as the goal.
 
 
 # %%
