@@ -7,8 +7,8 @@ OLDEST := .venv-oldest
 KATEX  := docs/hooks/node_modules/.package-lock.json
 
 # uv installs ten times as fast as pip. If it isn't here, pip brings it.
-UV      := $(shell which uv 2>/dev/null)
-INSTALL := $(or $(UV),$(BIN)/uv) pip install --python $(BIN)/python
+FOUND := $(shell which uv 2>/dev/null)
+UV    := $(or $(FOUND),$(BIN)/uv)
 
 # What a target needs is installed when it is first called, by the names of
 # pyproject.toml: the tutorials don't need what builds the site.
@@ -39,17 +39,20 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
 
 $(BIN)/python:
-ifdef UV
+ifdef FOUND
 	$(UV) venv --quiet $(if $(filter file,$(origin PYTHON)),,--python $(PYTHON)) .venv
 else
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "This Python has no venv module: on Debian, apt-get install python3-venv."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
 endif
 
-.venv/has-%: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --quiet --constraint constraints.txt --editable ".[$*]"
+$(BIN)/uv: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+
+.venv/has-%: pyproject.toml constraints.txt | $(BIN)/python $(if $(FOUND),,$(BIN)/uv)
+	$(UV) pip install --python $(BIN)/python --quiet --constraint constraints.txt \
+	  --editable ".[$*]"
 	@touch $@
 
 $(KATEX): docs/hooks/package-lock.json
@@ -73,9 +76,8 @@ coverage: $(SITE)  ## which lines and branches of the package no test runs
 	$(ONE) $(TEST) -m "" --cov=hbp --cov-report=term-missing:skip-covered tests
 
 official: $(TESTS)  ## compare with the official data what was run with other code
-	for name in $$($(RUN) stale); do \
-	  $(FULL) $(BIN)/pytest -p no:cacheprovider $(NBVAL)=7200 $$name.ipynb && \
-	  $(RUN) vouch $$name.py || exit 1; done
+	names=$$($(RUN) stale) || exit 1; [ -z "$$names" ] || { \
+	  $(ONE) $(FULL) $(TEST) $(NBVAL)=7200 $$names && $(RUN) vouch $$names; }
 
 execute: $(TUTORIALS)  ## run on the official data and overwrite the committed notebooks
 	$(FULL) $(RUN) run --jobs $(JOBS)
@@ -85,13 +87,14 @@ time: $(TUTORIALS)  ## run on this machine's GPU, and note in the notebooks how 
 
 # The oldest Python, and of every package the oldest version, that pyproject.toml allows.
 $(OLDEST)/ready: $(TESTS)
-	$(or $(UV),$(BIN)/uv) venv --clear --python $(OLDEST_PYTHON) $(OLDEST)
-	$(or $(UV),$(BIN)/uv) pip install --python $(OLDEST)/bin/python --resolution lowest-direct \
+	$(UV) venv --clear --python $(OLDEST_PYTHON) $(OLDEST)
+	$(UV) pip install --python $(OLDEST)/bin/python --resolution lowest-direct \
 	  --editable ".[tutorials,dev]"
 	touch $@
 
 oldest: $(OLDEST)/ready  ## the tests of the package, with the oldest versions that it allows
-	$(ONE) $(OLDEST)/bin/python -m pytest tests/core tests/layers tests/addons
+	$(ONE) $(OLDEST)/bin/python -m pytest tests/core tests/layers tests/addons \
+	  tests/site/test_checkpoint.py tests/tutorials/test_datasets.py
 
 sync: $(TESTS)  ## write the notebooks from their scripts, keep unchanged outputs
 	$(BIN)/python docs/hooks/repository.py
@@ -158,7 +161,7 @@ browser: docs  ## look at every page with chromium
 	$(ONE) $(TEST) tests/site/browser
 
 constraints: $(TESTS)  ## pin the newest versions of everything
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
+	$(UV) pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 	  --upgrade --no-annotate --no-header --strip-extras --quiet -o constraints.txt
 
 clean:  ## remove what the targets made, except .venv

@@ -103,21 +103,23 @@ def differences(here: Path, committed: Path) -> list[str]:
 
 def rehearse(committed: Path, folder: Path, machines: Machines, wheel: Path) -> bool:
     """Run a notebook alone in a folder, on a free machine; say what is wrong."""
-    commands = machines.get()
     folder.mkdir()
     alone = Path(shutil.copy(committed, folder))
+    commands = machines.get()
     start = time.perf_counter()
     wrong = ["it stops with an error"]
-    if run(alone, commands, wheel):
-        wrong = differences(alone, committed)
+    try:
+        if run(alone, commands, wheel):
+            wrong = differences(alone, committed)
+        # The next notebook finds the machine as bare as the first one did.
+        uninstall = [commands / "pip", "uninstall", "--quiet", "--yes", "hbp"]
+        subprocess.run(uninstall, check=True)
+    finally:
+        machines.put(commands)
     seconds = f"{time.perf_counter() - start:.0f} s"
     verdict = "FAILED" if wrong else "runs alone, and its claims hold"
     lines = [f"{committed.name}: {verdict} ({seconds})", *wrong]
     print("\n".join(lines), flush=True)
-    # The next notebook finds the machine as bare as the first one did.
-    uninstall = [commands / "pip", "uninstall", "--quiet", "--yes", "hbp"]
-    subprocess.run(uninstall, check=True)
-    machines.put(commands)
     return not wrong
 
 

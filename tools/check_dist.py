@@ -123,8 +123,8 @@ def wrong_metadata(raw: bytes, root: Path, version: str) -> Iterator[str]:
         yield f"has a readme with links that an index cannot follow: {lost}"
     if metadata.description_content_type != "text/markdown":
         yield f"describes itself in {metadata.description_content_type}, not Markdown"
-    title, *_ = (root / "README.md").read_text("utf-8").splitlines()
-    if not (metadata.description or "").startswith(title):
+    readme = (root / "README.md").read_text("utf-8")
+    if without_targets(metadata.description or "") != without_targets(readme):
         yield "describes itself in other words than README.md"
     if "tutorials" not in (metadata.provides_extra or []):
         yield "lacks the extra tutorials, which error messages recommend"
@@ -141,6 +141,12 @@ def wrong_tag(tag: str, version: str, root: Path) -> str | None:
     if f"\n## {version}\n" not in changelog:
         return f"docs/changelog.md has no section {version}"
     return None
+
+
+def without_targets(text: str) -> list[str]:
+    """The words of a README, without its pictures, and without where links lead."""
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).split()
 
 
 def relative_targets(description: str) -> list[str]:
@@ -196,6 +202,10 @@ def wrong_in_use(wheel: Path) -> Iterator[str]:
         yield from wrong_types(python)
 
 
+# Where a type checker would find another hbp than the one that is installed.
+SEARCHED = {"PYTHONPATH", "MYPYPATH"}
+
+
 def wrong_types(python: Path) -> Iterator[str]:
     """Check the types of a client of the package, as that Python has it installed."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -206,7 +216,7 @@ def wrong_types(python: Path) -> Iterator[str]:
         done = subprocess.run(
             [sys.executable, "-m", "mypy", *strict, *seen_by],
             cwd=temporary,
-            env={k: v for k, v in os.environ.items() if "PATH" not in k or k == "PATH"},
+            env={k: v for k, v in os.environ.items() if k not in SEARCHED},
             capture_output=True,
             text=True,
         )

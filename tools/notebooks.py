@@ -49,10 +49,14 @@ TUTORIALS = ROOT / "tutorials"
 class Log:
     """Takes the place of a terminal where lines cannot be rewritten, as in a file."""
 
+    last = ""
+
     def write(self, text: str) -> None:
-        """Print a line of progress, and nothing for what moves the cursor."""
-        if "cell" in text:
-            print(text.strip("\r\n "), file=sys.stderr, flush=True)
+        """Print a line of progress once, and nothing for what moves the cursor."""
+        text = text.strip("\r\n ")
+        if "cell" in text and text != self.last:
+            print(text, file=sys.stderr, flush=True)
+            self.last = text
 
     def flush(self) -> None:
         """Lines were flushed when they were printed."""
@@ -116,10 +120,14 @@ def record(seconds: float) -> dict[str, Any]:
     return {device: run}
 
 
-def last_seconds(script: Path) -> float:
-    """How long the last run on a CPU took; a new tutorial is taken for a long one."""
-    runs = recorded_runs(script.with_suffix(".ipynb"))
-    return runs["cpu"]["seconds"] if "cpu" in runs else math.inf
+def longest_first(scripts: list[Path]) -> list[Path]:
+    """By their last runs on a CPU, so that what starts last is short."""
+
+    def seconds(script: Path) -> float:
+        runs = recorded_runs(script.with_suffix(".ipynb"))
+        return runs["cpu"]["seconds"] if "cpu" in runs else math.inf
+
+    return sorted(scripts, key=seconds, reverse=True)
 
 
 def sync(script: Path) -> None:
@@ -267,8 +275,8 @@ def main() -> None:
         for script in scripts:
             sync(script) if arguments.action == "sync" else vouch(script)
     elif arguments.action == "stale":
-        for script in filter(stale, scripts):
-            print(script.with_suffix("").relative_to(ROOT))
+        for script in filter(stale, longest_first(scripts)):
+            print(script.with_suffix(".ipynb").relative_to(ROOT))
     else:
         run_all(scripts, arguments)
 
@@ -279,9 +287,7 @@ def run_all(scripts: list[Path], arguments: argparse.Namespace) -> None:
         # Processes that all want all cores would slow each other down.
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)  # As the kernels; it goes on record.
-    # What took longest last time comes first: what starts last shall be short.
-    scripts = sorted(scripts, key=last_seconds, reverse=True)
-    wrong = asyncio.run(run_each(scripts, arguments))
+    wrong = asyncio.run(run_each(longest_first(scripts), arguments))
     if arguments.into != TUTORIALS:
         print("Open these in a browser or a notebook editor:")
         for script in sorted(scripts):

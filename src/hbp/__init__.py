@@ -4,8 +4,6 @@ Dangel, Harmeling & Hennig, "Modular Block-diagonal Curvature Approximations for
 Feedforward Architectures", AISTATS 2020, arXiv 1902.01813.
 """
 
-from importlib.metadata import version as _version
-
 from hbp import blocks, distributed, fast  # noqa: F401  # They join the core.
 from hbp import inspect as inspect
 from hbp import modules as modules
@@ -30,7 +28,7 @@ from hbp.seeds import set_seeds as set_seeds
 from hbp.solve import CGResult as CGResult
 from hbp.solve import cg as cg
 
-__version__ = _version("hbp")
+__version__ = "0.1.0"
 
 
 def __dir__() -> list[str]:

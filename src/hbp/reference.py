@@ -189,10 +189,13 @@ _Step = _Leaf | _Chain | _Fork
 
 
 class Recursion:
-    """The HBP recursion of one batch, in any reading and with any treatment.
+    """The HBP recursion of one batch, for several readings and treatments.
 
-    It keeps every derivative that it has taken: several questions cost hardly more than
-    one. Arguments are those of ``exact_blocks``.
+        judge = Recursion(model, loss_func, inputs, targets)
+        judge.exact("abs"), judge.batch("zero"), judge.batch("abs", False)
+
+    It keeps every derivative that it has taken, so that several questions cost hardly
+    more than one. Arguments are those of ``exact_blocks``.
     """
 
     def __init__(
@@ -203,7 +206,7 @@ class Recursion:
         targets: Tensor,
     ) -> None:
         self.leaves: list[_Leaf] = []
-        self._derivatives: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._taken: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         x = inputs.detach().requires_grad_()
         self.root, x = self._run(copy.deepcopy(model), "", x)
         loss = loss_func(x, targets)
@@ -221,7 +224,9 @@ class Recursion:
     def exact(self, modify_2nd_order_terms: str | None = None) -> Curvature:
         """What ``exact_blocks`` returns."""
         results = [
-            self._send_back(slice(n, n + 1), (modify_2nd_order_terms, True, True))
+            self._send_back(
+                slice(n, n + 1), _Averaging(modify_2nd_order_terms, True, True)
+            )
             for n in range(len(self.output_hessians))
         ]
         parameters = {
@@ -238,21 +243,19 @@ class Recursion:
     ) -> Curvature:
         """What ``batch_blocks`` returns."""
         averages = average_input_jacobian, average_parameter_jacobian
-        return self._send_back(slice(None), (modify_2nd_order_terms, *averages))
+        rules = _Averaging(modify_2nd_order_terms, *averages)
+        return self._send_back(slice(None), rules)
 
-    def _send_back(
-        self, samples: slice, how: tuple[str | None, bool, bool]
-    ) -> Curvature:
+    def _send_back(self, samples: slice, rules: _Averaging) -> Curvature:
         H = self.output_hessians[samples].sum(0)
         parameters: dict[str, Tensor] = {}
-        rules = _Averaging(*how)
         H, _ = _send_back_step(self, self.root, samples, rules, H, parameters)
         return Curvature(H, parameters)
 
     def derivatives(self, leaf: _Leaf, name: str = "") -> tuple[Tensor, Tensor]:
         """J_n, [N, z, v], and Σ_k ∇²z_k δ_nk, [N, v, v], by a parameter, or by x."""
         key = id(leaf), name
-        if key not in self._derivatives:
+        if key not in self._taken:
             function = partial(_vary_input, leaf.layer)
             arguments: list[tuple[Tensor, ...]] = [(x,) for x in leaf.input]
             if name:
@@ -260,8 +263,8 @@ class Recursion:
                 theta = _parameters(leaf.layer)[name]
                 arguments = [(theta, x) for x in leaf.input]
             deltas = self.output_gradients[id(leaf)]
-            self._derivatives[key] = _derivatives(function, arguments, deltas)
-        return self._derivatives[key]
+            self._taken[key] = _derivatives(function, arguments, deltas)
+        return self._taken[key]
 
     def _run(self, module: nn.Module, prefix: str, x: Tensor) -> tuple[_Step, Tensor]:
         if isinstance(module, nn.Sequential):

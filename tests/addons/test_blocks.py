@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, randn
+from helpers import close, randn, spd
 from torch import Tensor, nn
 
 import hbp
 from hbp.blocks import BlockDiagonal
-from hbp.operators import KroneckerBlock, SymmetricOperator
+from hbp.operators import DenseOperator, KroneckerBlock, SymmetricOperator
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -179,3 +179,25 @@ def test_each_block_is_an_operator_of_its_own() -> None:
         own = slice(4 * i, 4 * i + 4)
         close(block.to_dense(), matrix[own, own])
         close(block.diagonal(), matrix.diagonal()[own])
+
+
+def test_a_block_of_a_changed_weight_is_refused() -> None:
+    model = image_net()
+    model.set_hbp_blocks(sub_blocks=5)
+    send_back(model, "exact")
+    blocks = model[1].weight.hessian.blocks
+    with torch.no_grad():
+        model[4].weight += 1
+    for block in blocks:
+        with pytest.raises(RuntimeError, match="has changed since"):
+            block.to_dense()
+
+
+@pytest.mark.parametrize("singular", [0, 1])
+def test_one_singular_block_makes_all_of_them_singular(singular: int) -> None:
+    parts = [spd(2), spd(2)]
+    # Its factorisation succeeds; only the margin tells.
+    parts[singular] = torch.diag(torch.tensor([1.0, 1e-20])).double()
+    operator = BlockDiagonal(DenseOperator(torch.block_diag(*parts)), [2, 2])
+    with pytest.raises(ArithmeticError, match="singular"):
+        operator.solve(randn(4))

@@ -265,3 +265,17 @@ def test_a_step_from_before_the_adapter_is_not_judged() -> None:
         LevenbergMarquardt(optimizer).step(1.0, 2.0)
     assert p.equal(after)
     assert optimizer.param_groups[0]["alpha"] == 0.2
+
+
+def test_a_step_that_was_foretold_to_climb_is_judged_too() -> None:
+    """Three times too long: the model knows it, and the step is taken back."""
+    p = nn.Parameter(torch.zeros(1).double())
+    p.grad, p.hessian = torch.ones(1).double(), DenseOperator(torch.ones(1, 1).double())
+    optimizer = CGNewton([p], 3.0, 0.2)
+    adapter = LevenbergMarquardt(optimizer, factor=2.0)
+    optimizer.step()
+    assert p.item() == -3
+    # The loss (p + 1)² / 2 is its own model.
+    assert adapter.step(0.5, 2.0) == pytest.approx(1.0)
+    assert p.item() == 0
+    assert optimizer.param_groups[0]["alpha"] == pytest.approx(0.5 / 1.5)

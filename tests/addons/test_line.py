@@ -21,6 +21,7 @@ import hbp
 from hbp import CGNewton, HBPModule, convert
 from hbp.core import newton
 from hbp.line import Line, tangent
+from hbp.operators import DenseOperator
 
 NETWORKS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
     "dense": (
@@ -591,6 +592,20 @@ def test_a_late_gradient_of_an_earlier_pass_spoils_only_what_it_is_added_to() ->
 # --------------------------------------------------------------------------------------
 # As an optimizer.
 # --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-5])
+def test_nothing_shrinks_where_one_cannot_move(decay: float) -> None:
+    """Whatever a step changes comes after it is known that all parameters can step."""
+    kept, lost = (nn.Parameter(torch.ones(2).double()) for _ in range(2))
+    for p, size in ((kept, 1.0), (lost, 1e305)):
+        p.grad = torch.full((2,), size, dtype=torch.float64)
+        p.hessian = DenseOperator(torch.eye(2).double())
+    optimizer = CGNewton([kept, lost], lr=1e4, alpha=0.1, weight_decay=decay)
+    with pytest.raises(ArithmeticError, match="too large for"):
+        optimizer.step()
+    assert optimizer.last_step == {}
+    assert kept.tolist() == lost.tolist() == [1, 1]
 
 
 def test_weight_decay_is_that_of_adamw() -> None:

@@ -359,6 +359,17 @@ def test_what_has_no_average(
     assert good.tolist() == [1, 1]
 
 
+def test_a_scaler_where_nothing_is_trained(world_of_one: Any) -> None:
+    """No gradient has overflowed, and none is asked of the others."""
+    model, (inputs, labels) = small_net(), small_batch()
+    outputs = model.requires_grad_(False)(inputs.requires_grad_())
+    loss = cross_entropy(outputs, labels)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    hbp.backward(model, outputs, loss, process_group=world_of_one, scaler=scaler)
+    expected = torch.autograd.grad(cross_entropy(model(inputs), labels), inputs)[0]
+    close(inputs.grad, 4 * expected)
+
+
 def test_without_a_process_group() -> None:
     for action in [lambda: joint_weight(3), lambda: average([torch.ones(2)])]:
         with pytest.raises(RuntimeError, match="init_process_group"):

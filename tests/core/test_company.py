@@ -101,3 +101,18 @@ def test_what_is_predicted_for_a_learning_rate() -> None:
     optimizer = hbp.CGNewton([p], 2.0, 0.1, solver="direct")
     optimizer.step()
     assert optimizer.last_step[p].predicted_decrease == pytest.approx(0, abs=1e-12)
+
+
+def test_another_dtype_beside_it_changes_no_bit() -> None:
+    """Systems of one dtype are solved together, and no other one joins them."""
+
+    def moved(*dtypes: torch.dtype) -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        H, g = spd(7), randn(7)
+        parameters = [with_system(H.to(dtype), g.to(dtype)) for dtype in dtypes]
+        step(parameters, cg_maxiter=3)
+        return parameters
+
+    single, double = moved(torch.float32, torch.float64)
+    assert single.equal(*moved(torch.float32))
+    assert double.equal(*moved(torch.float64))

@@ -157,7 +157,7 @@ def test_steps_are_those_of_the_cpu(
     for twin, inputs, labels in twins:
         options = {"alpha": 0.3, "cg_tol": 1e-9, "solver": solver}
         optimizer = CGNewton(twin.parameters(), lr=0.1, **options)
-        for _ in range(2):
+        for _ in range(3):
             optimizer.zero_grad()
             backward(twin, inputs, labels, scheme, "abs")
             optimizer.step()

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, load
 
+import hbp
+
 check = load(ROOT / "tools" / "check_dist.py")
 VERSION = "0.1.0"
 INFO = f"hbp-{VERSION}.dist-info"
@@ -74,6 +76,11 @@ def test_the_readme_names_the_oldest_versions() -> None:
     assert f"torch {torch} or newer" in readme
 
 
+def test_the_version_is_the_same_everywhere() -> None:
+    assert hbp.__version__ == VERSION
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
 def test_a_wrong_file_is_noticed(wheel, sdist) -> None:
     """The checker is checked: `make check-dist` lets no release pass without it."""
     del wheel["hbp/py.typed"]
@@ -99,6 +106,7 @@ def test_a_wrong_file_is_noticed(wheel, sdist) -> None:
         ("Requires-Python: >=3.11", "Requires-Python: new", "invalid metadata"),
         ("text/markdown", "text/plain", "in text/plain, not Markdown"),
         ("# hbp: Hessian", "# hbp: Jacobian", "other words than README.md"),
+        ("Released under the", "Sold under the", "other words than README.md"),
         ("](https://arxiv.org/", "](docs/", "an index cannot follow: ['docs/abs/19"),
         ("Provides-Extra: tutorials", "Provides-Extra: extra", "lacks the extra"),
         ("torch>=2.4", "torch>=2.4\nRequires-Dist: numpy", "not torch alone"),

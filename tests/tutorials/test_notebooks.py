@@ -13,7 +13,7 @@ from typing import Any
 import jupytext
 import nbformat
 import pytest
-from helpers import ROOT
+from helpers import ROOT, load
 from jupytext.config import load_jupytext_config
 from nbformat import NotebookNode
 
@@ -151,3 +151,43 @@ def test_long_output_is_not_the_page(code_cells: list[NotebookNode]) -> None:
     for cell, output in outputs(code_cells):
         svg = output.get("data", {}).get("image/svg+xml", "")
         assert len(svg) < 250_000, cell.source
+
+
+def test_the_hash_of_code_sees_what_computes_alone(tmp_path: Path) -> None:
+    """Comments and docstrings are free; a number, a name or another pin is not."""
+    bare_code = load(ROOT / "tools" / "notebooks.py").bare_code
+    path = tmp_path / "a.py"
+
+    def bare(text: str) -> str:
+        path.write_text(text, "utf-8")
+        return bare_code(path)
+
+    code = 'def f(x):\n    """Say."""\n    return x + 1\n'
+    same = (
+        '# %%\n# Say.\ndef f(x):\n    """Tell\n\n    more."""\n    return x+1 # one\n'
+    )
+    assert bare(code) == bare(same)
+    assert bare(code) != bare(code.replace("1", "2"))
+    assert bare(code) != bare(code.replace("return x", "return f(x)"))
+    # A text that is no docstring counts.
+    assert bare("x = 'a'") != bare("x = 'b'")
+
+
+def test_the_hash_reads_the_package_the_script_and_the_pins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = load(ROOT / "tools" / "notebooks.py")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    files = {"src/hbp/a.py": "x = 1", "constraints.txt": "torch==1\nruff==1\n"}
+    files["tutorials/01.py"] = "y = 1"
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    script = tmp_path / "tutorials" / "01.py"
+    before = tool.fingerprint(script)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text.replace("1", "2", 1))
+        assert tool.fingerprint(script) != before
+        (tmp_path / name).write_text(text)
+    (tmp_path / "constraints.txt").write_text("torch==1\nruff==2\n")
+    assert tool.fingerprint(script) == before
