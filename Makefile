@@ -1,6 +1,9 @@
 # Each target sets up what it needs in .venv; a second call starts at once.
 # `make` alone lists the targets.
 
+# Where this is set, every process compiles torch anew: 4 s more for each import.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN    := .venv/bin
 OLDEST := .venv-oldest

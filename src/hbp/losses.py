@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -18,20 +19,50 @@ from hbp.core.operators import require_room
 
 @wraps(core.batch_summed_hessian)
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
-    with _torch_explained():
-        half = isinstance(outputs, Tensor) and is_narrow(outputs.dtype)
-        return core.batch_summed_hessian(
-            loss, outputs, casts(loss, outputs) if half else None
-        )
+    return _explained(core.batch_summed_hessian, loss, outputs)
 
 
 @wraps(core.per_sample_hessian)
 def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
+    return _explained(core.per_sample_hessian, loss, outputs)
+
+
+def _explained(rule: Callable[..., Tensor], loss: Tensor, outputs: Tensor) -> Tensor:
+    half = isinstance(outputs, Tensor) and is_narrow(outputs.dtype)
+    places = casts(loss, outputs) if half else None
     with _torch_explained():
-        half = isinstance(outputs, Tensor) and is_narrow(outputs.dtype)
-        return core.per_sample_hessian(
-            loss, outputs, casts(loss, outputs) if half else None
-        )
+        hessian = rule(loss, outputs, places)
+        return watching(hessian, outputs, core.derivative(loss, places or [outputs]))
+
+
+def watching(hessian: Tensor, outputs: Tensor, gradient: Tensor | None) -> Tensor:
+    """The same matrix, which learns what is sent backward with it.
+
+    The Hessian of a loss and the gradient of 7 times that loss would make a step 7
+    times too long. So a hook on the outputs notes by what ``backward()`` multiplies the
+    gradient, in an attribute ``sent_scale``, NaN while that is unknown or where another
+    gradient is sent; ``backward_hessian`` compares it with its ``loss_scale``.
+
+    Args:
+        hessian: [C, C] or [N, C, C].
+        outputs: z, [N, ...].
+        gradient: ∂loss/∂z, [N, ...].
+    """
+    if outputs.is_leaf or gradient is None:  # A leaf would keep the hook for ever.
+        return hessian
+    own, scale = gradient.detach().flatten(), hessian.new_full((), math.nan)
+
+    def note(sent: Tensor) -> None:
+        if not torch.is_grad_enabled():  # Else it is that of another output Hessian.
+            g = sent.flatten().to(own)
+            along, both = g @ own, (g @ g) * (own @ own)
+            parallel = along * along > (1 - 1e-4) * both
+            scale.copy_(torch.where(parallel, along / (own @ own), math.nan))
+
+    outputs.register_hook(note)
+    hessian = hessian.clone()  # Its version tells whether anybody has changed it.
+    vars(hessian)["sent_scale"] = scale
+    return hessian
 
 
 @contextmanager
@@ -132,9 +163,12 @@ def output_hessian(
             z.requires_grad_()
             return batch_summed_hessian(loss_func(z, wide), z)
     require_room((z[0].numel(),) * 2, z.dtype, "Pass an operator, as MatrixFree(...)")
+    with torch.enable_grad():  # The loss knows best which targets it takes.
+        loss = loss_func(taken[0].requires_grad_(), taken[1])
+        (gradient,) = torch.autograd.grad(loss, taken[0])
     with torch.no_grad():
-        loss_func(*taken)  # It knows best which targets it takes.
-        return require_finite(formula(loss_func, z, wide))
+        hessian = require_finite(formula(loss_func, z, wide))
+    return watching(hessian, outputs, gradient)
 
 
 def _is_narrow(value: object) -> bool:

@@ -393,3 +393,81 @@ def test_output_hessians_ask_the_limit_first() -> None:
             torch.zeros(2, 21, 32, 32),
             torch.zeros(2, 32, 32, dtype=torch.long),
         )
+
+
+def _formula(loss: Tensor, outputs: Tensor) -> Tensor:
+    return output_hessian(nn.CrossEntropyLoss(), outputs, torch.arange(len(outputs)))
+
+
+@pytest.mark.parametrize("treatment", ["none", "ggn", "abs"])
+@pytest.mark.parametrize(
+    "hessian_of", [batch_summed_hessian, per_sample_hessian, _formula]
+)
+@pytest.mark.parametrize(
+    ("factor", "loss_scale", "fits"),
+    [
+        (1.0, 1.0, True),
+        (2.0**16, 2.0**16, True),
+        (7.0, 1.0, False),
+        (-1.0, 1.0, False),
+        (1.0, 2.0, False),
+    ],
+)
+def test_a_gradient_of_another_multiple_of_the_loss_is_refused(
+    treatment: str,
+    hessian_of: Callable[[Tensor, Tensor], Tensor],
+    factor: float,
+    loss_scale: float,
+    fits: bool,
+) -> None:
+    layer = HBPLinear(3, 4)
+    outputs = layer(randn(4, 3).float())
+    loss = F.cross_entropy(outputs, torch.arange(4))
+    hessian = hessian_of(loss, outputs)
+    (factor * loss).backward()
+    send = partial(
+        layer.backward_hessian,
+        hessian,
+        modify_2nd_order_terms=treatment,
+        loss_scale=loss_scale,
+    )
+    if fits:
+        send()
+        assert layer.weight.hessian is not None
+    else:
+        with pytest.raises(ValueError, match=rf"sent {factor:.3g} times the gradient"):
+            send()
+        assert layer.weight.hessian is None
+
+
+@pytest.mark.parametrize(
+    "scaled", [lambda H: 7 * H, lambda H: H.mul_(7)], ids=["new", "in place"]
+)
+def test_a_hessian_that_was_scaled_as_the_loss_is_taken(
+    scaled: Callable[[Tensor], Tensor],
+) -> None:
+    layer = HBPLinear(3, 4)
+    outputs = layer(randn(4, 3).float())
+    loss = F.cross_entropy(outputs, torch.arange(4))
+    hessian = scaled(batch_summed_hessian(loss, outputs))
+    (7 * loss).backward()
+    layer.backward_hessian(hessian)
+    assert layer.bias.hessian is not None
+
+
+def test_a_gradient_of_another_loss_is_nobodys_multiple() -> None:
+    # An average of two losses, of which only one bends, and a penalty.
+    layer = HBPLinear(3, 4)
+    outputs = layer(randn(4, 3).float())
+    loss = F.cross_entropy(outputs, torch.arange(4))
+    hessian = batch_summed_hessian(loss, outputs)
+    (loss + outputs[:, 0].sum() + layer.weight.square().sum()).backward()
+    layer.backward_hessian(hessian)
+    assert layer.bias.hessian is not None
+
+
+def test_outputs_that_are_leaves_keep_no_hook() -> None:
+    outputs = randn(4, 3).requires_grad_()
+    for _ in range(3):
+        batch_summed_hessian(outputs.exp().sum(), outputs)
+    assert not outputs._backward_hooks

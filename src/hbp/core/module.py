@@ -363,7 +363,8 @@ class HBPModule(nn.Module):
         Raises:
             ValueError: ``output_hessian`` has the wrong shape, dtype or device, is not
                 symmetric or finite; the treatment is unknown; the batch is empty;
-                ``loss_scale`` is not positive and finite.
+                ``loss_scale`` is not positive and finite, or not what the gradient of
+                the loss was multiplied by.
             TypeError: a parameter is in half precision; no rule gives one its
                 curvature, as with weight norm or pruning; ``process_group`` is none.
             RuntimeError: no forward pass, or no ``loss.backward()``, came before;
@@ -376,7 +377,7 @@ class HBPModule(nn.Module):
         modify = _treatment(modify_2nd_order_terms, loss_scale)
 
         def passage(batch: Batch) -> tuple[Operator | None, Reading]:
-            H = batch.output_hessian(as_operator(output_hessian))
+            H = batch.output_hessian(as_operator(output_hessian, loss_scale))
             samples = len(H.matrices) if isinstance(H, SampleBlocks) else None
             nonnegative = modify_2nd_order_terms not in (None, "none")
             reading = Reading(modify, nonnegative, samples, batch)

@@ -16,14 +16,8 @@ from torch.nn import Parameter
 from .cg import Product, cg_rows, check_cg_options, check_trust_radius
 from .guards import full_precision, is_number
 from .module import drop_curvature
-from .operators import (
-    MatrixFree,
-    SymmetricOperator,
-    System,
-    check_alpha,
-    singular,
-    solve_system,
-)
+from .operators import MatrixFree, System, check_alpha, singular, solve_system
+from .operators import SymmetricOperator as Operator
 from .settings import CHECK_EVERY, NEGLIGIBLE, NULL_SLACK, TOGETHER
 
 
@@ -276,7 +270,7 @@ def _equations(index: int, group: dict[str, Any]) -> list[_Equation]:
     ]
 
 
-def _curvature(p: Parameter, name: str) -> SymmetricOperator:
+def _curvature(p: Parameter, name: str) -> Operator:
     """What ``p.hvp`` or ``p.hessian`` says, for a gradient that is dense."""
     if p.grad is not None and p.grad.is_sparse:
         raise RuntimeError(f"The gradient of {name} is sparse; it must be dense.")
@@ -288,7 +282,7 @@ def _curvature(p: Parameter, name: str) -> SymmetricOperator:
             "model.backward_hessian(output_hessian) between loss.backward() and "
             "step(), or set p.hvp."
         )
-    if not isinstance(hessian, SymmetricOperator):
+    if not isinstance(hessian, Operator):
         raise RuntimeError(
             f"p.hessian of {name} is a {type(hessian).__name__}; it must be an "
             "operator. Wrap a matrix as hbp.operators.DenseOperator(matrix)."

@@ -631,12 +631,14 @@ def solve_system(system: System, weight: float | Tensor, shift: float) -> Solved
     return torch.cat([y, null / shift], dim=1), margin
 
 
-def as_operator(hessian: object) -> SymmetricOperator:
+def as_operator(hessian: object, loss_scale: float = 1.0) -> SymmetricOperator:
     """An output Hessian, [C, C] or [N, C, C], as an operator.
 
     Raises:
         TypeError: it is neither a tensor nor an operator.
-        ValueError: a matrix is not square, symmetric and finite.
+        ValueError: a matrix is not square, symmetric and finite; or, not changed since,
+            it has an attribute ``sent_scale``, by what ``loss.backward()`` multiplied
+            the gradient, that is not ``loss_scale``.
     """
     if isinstance(hessian, SymmetricOperator):
         return hessian
@@ -656,13 +658,21 @@ def as_operator(hessian: object) -> SymmetricOperator:
         )
     if matrix.numel() == 0:
         raise ValueError(f"{name} of shape {list(matrix.shape)} is empty.")
-    sizes = torch.stack([matrix.abs().max(), (matrix - matrix.mT).abs().max()])
-    largest, asymmetry = sizes.tolist()
+    sizes = [matrix.abs().max(), (matrix - matrix.mT).abs().max()]
+    sent = None if hessian._version else vars(hessian).get("sent_scale")
+    sizes.append(matrix.new_full((), math.nan) if sent is None else sent)
+    largest, asymmetry, factor = torch.stack(sizes).tolist()
     if not largest < float("inf"):
         raise ValueError(f"{name} contains NaN or infinity. Check loss and inputs.")
     # Autograd's round-off is a few eps; a wrong matrix is off by far more.
     if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * largest:
         raise ValueError(f"{name} is not symmetric.")
+    if abs(factor / loss_scale - 1) > 0.01:  # Not if it is NaN, unknown.
+        raise ValueError(
+            f"{name} is that of a loss of which backward() sent {factor:.3g} times the "
+            "gradient. Take both of the same loss, or set loss_scale to that number if "
+            "the optimizer will get the gradient divided by it."
+        )
     return DenseOperator(matrix) if matrix.dim() == 2 else SampleBlocks(matrix)
 
 

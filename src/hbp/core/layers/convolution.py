@@ -57,14 +57,9 @@ class ConvolutionRule(HBPModule):
         convolution, W = self.convolution(), self.weight.detach()
         padded = convolution.pad(W.new_empty(()).expand(1, *before[1:])).shape[1:]
         pad = Function(convolution.pad, before[1:], padded, before[0])
-        convolve = Function(
-            partial(convolution.apply, W),
-            padded,
-            after[1:],
-            before[0],
-            partial(convolution.to_input, W, padded),
-            [Watched(W, "A weight")],
-        )
+        apply, reads = partial(convolution.apply, W), [Watched(W, "A weight")]
+        pull = partial(convolution.to_input, W, padded)
+        convolve = Function(apply, padded, after[1:], before[0], pull, reads)
         return Chain([pad, convolve] if any(convolution.pads) else [convolve])
 
     def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
