@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import seed
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -28,7 +29,7 @@ torch.manual_seed(0)
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> Iterator[None]:
     """A fixed seed, and torch's defaults again after each test."""
-    torch.manual_seed(0)
+    seed(0)
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)

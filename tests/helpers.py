@@ -68,6 +68,16 @@ def to_numpy(value: Any) -> np.ndarray:
     return value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
+def seed(number: int) -> None:
+    """As ``torch.manual_seed``, in a tenth of its time.
+
+    That writes down a stack for every kind of device that is not there.
+    """
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(number)
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype)
 

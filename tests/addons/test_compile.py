@@ -74,7 +74,9 @@ def steps(
     return left
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"]
+)
 def test_a_compiled_model_trains_as_the_model_itself(backend: str) -> None:
     """backward_hessian through the wrapper; two batches, so nothing is stale."""
     start = network()

@@ -16,7 +16,7 @@ import pytest
 import test_layers
 import torch
 from helpers import SCHEMES as PAIRS
-from helpers import TREATMENTS, randn, values
+from helpers import TREATMENTS, randn, seed, values
 from test_cost import READERS, SOLVERS, Iteration, Reads
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -305,7 +305,7 @@ def both(work: Callable[[str], list[Tensor]], device: str) -> None:
     """The same from the same seed on the device and on the CPU."""
     found = []
     for place in (device, "cpu"):
-        torch.manual_seed(0)
+        seed(0)
         found.append(work(place))
     for there, here in zip(*found, strict=True):
         same(there, here)
@@ -450,7 +450,7 @@ def test_a_state_goes_on_elsewhere(device: str) -> None:
     """From the device to the CPU, and back, in the middle of a training."""
 
     def work(*places: str) -> list[Tensor]:
-        torch.manual_seed(0)
+        seed(0)
         states: list[Any] = []
         for place in places:
             model, x, y = small(place)
@@ -458,7 +458,7 @@ def test_a_state_goes_on_elsewhere(device: str) -> None:
             if states:
                 model.load_state_dict(states[0])
                 optimizer.load_state_dict(states[1])
-            torch.manual_seed(0)
+            seed(0)
             train(model, x, y, optimizer)
             optimizer.param_groups[0]["alpha"] /= 2
             states = [model.state_dict(), optimizer.state_dict()]

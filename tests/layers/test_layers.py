@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, SCHEMES, TREATMENTS, close, randn
+from helpers import ACTIVATIONS, SCHEMES, TREATMENTS, close, randn, seed
 from torch import Tensor, nn
 
 import hbp
@@ -192,7 +192,7 @@ def case(
     request: pytest.FixtureRequest,
 ) -> tuple[hbp.HBPModule, Tensor, Tensor]:
     make, shape = LAYERS[request.param]
-    torch.manual_seed(0)
+    seed(0)
     model = between(make(), shape)
     return model, *batch(model, shape)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, randn, send_back, small_net, spd
+from helpers import close, randn, seed, send_back, small_net, spd
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
@@ -328,7 +328,7 @@ def test_hardsigmoid_has_the_curvature_of_its_pieces(treatment: str) -> None:
 
     found = []
     for activation in (hbp.HBPHardsigmoid(), hbp.HBPElementwise(pieces)):
-        torch.manual_seed(0)
+        seed(0)
         model = hbp.HBPSequential(
             hbp.HBPLinear(4, 6), activation, hbp.HBPLinear(6, 3)
         ).double()
