@@ -132,3 +132,13 @@ def test_backpack_has_the_gradient_twice(treatment: str) -> None:
     close(ours, block_of_first_bias(model, x, y, treatment, power=1))
     # Measured: 0.4 to 0.95 of the largest entry.
     assert (ours - theirs).abs().max() > 0.1 * ours.abs().max()
+
+
+def test_the_errors_that_are_explained_are_those_of_the_package() -> None:
+    page = (DOCS / "diverges.md").read_text("utf-8")
+    said = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(said) >= 10
+    sources = [path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py")]
+    # A sentence goes on in the next literal.
+    code = re.sub(r'"\s*f?"', "", "".join(sources))
+    assert [words for words in said if words not in code] == []
