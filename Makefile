@@ -77,6 +77,11 @@ test-all: $(SITE) official oldest  ## with all that takes long, half an hour or 
 
 coverage: $(SITE)  ## which lines and branches of the package no test runs
 	$(ONE) $(TEST) -m "" --cov=hbp --cov-report=term-missing:skip-covered tests
+	{ printf '| package | lines and branches that a test runs |\n|---|--:|\n'; \
+	  printf '| `hbp.core` | %s %% |\n' \
+	    $$($(BIN)/coverage report --format=total --include='*/hbp/core/*'); \
+	  printf '| `hbp` | %s %% |\n' $$($(BIN)/coverage report --format=total); \
+	} > docs/assets/measured/coverage.md
 
 official: $(TESTS)  ## compare with the official data what was run with other code
 	names=$$($(RUN) stale) || exit 1; [ -z "$$names" ] || { \
