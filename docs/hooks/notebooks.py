@@ -5,13 +5,17 @@ is built, with its figures as files beside it. So links, search, admonitions and
 strict build treat a tutorial like any other page. A notebook that was not run, that
 stores an error, or that has a figure without alternative text stops the build.
 
-A page has a bar of actions and a line that says where and when the notebook was run.
-Neighbouring cells with the tag "solution" are folded.
+A page has a bar of actions, and lines that say how long it takes to read, and where and
+when the notebook was run.
+Folded are neighbouring cells with the tag "solution", the setup, and the assertions
+that end a cell: what they print is the line that stays.
 """
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -27,7 +31,7 @@ from traitlets.config import Config
 
 TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
 FIGURES = {"image/svg+xml", "image/png", "image/jpeg"}
-LONGEST_LOG = 8  # lines
+LONGEST_LOG, SHOWN_LOG = 24, 8  # lines
 # The loop over cells and outputs is nbconvert's.
 TEMPLATE = """
 {%- extends 'base/null.j2' -%}
@@ -46,10 +50,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add, for every notebook, its page, its figures, and both files to download."""
     for path in sorted(TUTORIALS.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
+        minutes = minutes_to_read(notebook)
         page, figures = render(notebook, path.stem)
         record = notebook.metadata.get("hbp", {})
         runs = {key: run for key, run in record.items() if key != "code"}
-        page = with_header(page, path.stem, runs)
+        page = with_header(page, path.stem, runs, minutes)
         downloads = {p.name: p.read_bytes() for p in (path, path.with_suffix(".py"))}
         for name, content in {f"{path.stem}.md": page, **figures, **downloads}.items():
             uri = f"tutorials/{name}"
@@ -96,19 +101,86 @@ def check(cell: NotebookNode, where: str) -> None:
 
 
 def with_folds(cells: list[NotebookNode]) -> list[NotebookNode]:
-    """Put neighbouring solution cells between the marks of a folded box."""
-    folded = []
-    for solution, group in groupby(
-        cells, lambda cell: "solution" in cell.metadata.get("tags", [])
-    ):
-        if solution:
-            opening = "/// details | Solution\n    type: solution"
-            group = [new_markdown_cell(opening), *group, new_markdown_cell("///")]
-        folded += group
+    """Put setup, solutions and claims between the marks of folded boxes."""
+    folded: list[NotebookNode] = []
+    for kind, group in groupby(cells, kinds(cells)):
+        if kind is None:
+            folded += [part for cell in group for part in without_claims(cell)]
+        else:
+            folded += [
+                opening(kind, kind.split()[0].lower()),
+                *group,
+                new_markdown_cell("///"),
+            ]
     return folded
 
 
-def with_header(page: str, name: str, runs: dict[str, dict]) -> str:
+def kinds(cells: list[NotebookNode]) -> Callable[[NotebookNode], str | None]:
+    """Tell which cells belong into a fold, and say its title."""
+    setup: list[str] = []
+    for cell in cells:
+        begins = cell.cell_type == "code" and "HBP_INSTALL" in cell.source
+        if begins or (setup and cell.cell_type == "code"):
+            setup.append(cell.id)
+        elif setup:
+            break
+
+    def kind(cell: NotebookNode) -> str | None:
+        if "solution" in cell.metadata.get("tags", []):
+            return "Solution"
+        return "Code of the setup" if cell.id in setup else None
+
+    return kind
+
+
+def opening(title: str, kind: str) -> NotebookNode:
+    """Return the first mark of a folded box."""
+    return new_markdown_cell(f"/// details | {title}\n    type: {kind}")
+
+
+def without_claims(cell: NotebookNode) -> Iterator[NotebookNode]:
+    """Yield a cell up to the claims that end it, and these in a fold."""
+    body = ast.parse(cell.source).body if cell.cell_type == "code" else []
+    claims: list[ast.stmt] = []
+    while body and (isinstance(body[-1], ast.Assert) or printed(body[-1])):
+        claims.insert(0, body.pop())
+    if not any(isinstance(claim, ast.Assert) for claim in claims):
+        yield cell
+        return
+    lines, end = cell.source.split("\n"), body[-1].end_lineno if body else 0
+    words = " ".join(filter(None, map(printed, claims)))
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            said = "".join(printed(claim) + "\n" for claim in claims if printed(claim))
+            output.text = output.text.removesuffix(said)
+    cell.outputs = [o for o in cell.outputs if o.get("text") != ""]
+    cell.source = "\n".join(lines[:end])
+    if body:
+        yield cell
+    yield opening(f"✓ Checked{': ' if words else ''}{words}", "checked")
+    yield new_markdown_cell(fence("\n".join(lines[end:]).strip("\n"), "python"))
+    yield new_markdown_cell("///")
+
+
+def printed(statement: ast.stmt) -> str:
+    """Return what a statement prints, if all it does is to print a sentence."""
+    match statement:
+        case ast.Expr(
+            ast.Call(
+                func=ast.Name("print"), args=[ast.Constant(str(words))], keywords=[]
+            )
+        ):
+            return words
+    return ""
+
+
+def minutes_to_read(notebook: NotebookNode) -> int:
+    """Return how long text and code take at 200 words a minute."""
+    words = sum(len(cell.source.split()) for cell in notebook.cells)
+    return max(1, round(words / 200))
+
+
+def with_header(page: str, name: str, runs: dict[str, dict], minutes: int) -> str:
     """Return the page with a bar of actions and its runs below the title."""
     title, _, rest = page.partition("\n")
     where = address()
@@ -120,10 +192,10 @@ def with_header(page: str, name: str, runs: dict[str, dict]) -> str:
     ]
     links = [f"- [{label}]({to}){how}" for label, to, how in actions if to]
     bar = '<nav class="hbp-actions" aria-label="This tutorial" markdown>'
-    ran = [f"Ran {run_in_words(run)}." for run in runs.values()]
+    lines = [f"About {minutes} minutes to read."]
+    lines += [f"Ran {run_in_words(run)}." for run in runs.values()]
     parts = [title, bar, "\n".join(links), "</nav>"]
-    if ran:
-        parts.append("<br>\n".join(ran) + "\n{ .hbp-run }")
+    parts.append("<br>\n".join(lines) + "\n{ .hbp-run }")
     return "\n\n".join(parts) + "\n" + rest
 
 
@@ -157,9 +229,10 @@ def shown(output: NotebookNode, cell: NotebookNode) -> str:
 def shortened(log: str) -> str:
     """Return a long log without its middle, which is in the notebook to download."""
     lines = log.split("\n")
-    if len(lines) <= LONGEST_LOG:
+    is_model = re.match(r"\w+\($", lines[0])
+    if len(lines) <= LONGEST_LOG or is_model:
         return log
-    half = LONGEST_LOG // 2
+    half = SHOWN_LOG // 2
     gap = f"... {len(lines) - 2 * half} more lines in the notebook ..."
     return "\n".join([*lines[:half], gap, *lines[-half:]])
 

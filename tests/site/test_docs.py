@@ -32,6 +32,9 @@ EXAMPLES = [
 # Where a link may lead. Whatever is added here is a place that readers can reach.
 PUBLIC_HOSTS = {
     "arxiv.org",
+    "curvlinops.readthedocs.io",
+    "docs.backpack.pt",
+    "docs.pytorch.org",
     "doi.org",
     "docs.astral.sh",
     # Not places but names: of the parts of an SVG figure.
@@ -203,6 +206,42 @@ class TestNotebookHook:
         assert "Because." in inside
         assert "3" in after
 
+    def test_setup_is_folded(self) -> None:
+        install, imports = code("os.environ.get('HBP_INSTALL')"), code("import torch")
+        words = new_markdown_cell("Now.")
+        page, _ = self.render(
+            new_markdown_cell("# T"), install, imports, words, code("3")
+        )
+        fold = page[page.index("/// details") : page.index("\n///\n")]
+        assert fold.startswith("/// details | Code of the setup\n    type: code\n")
+        assert "HBP_INSTALL" in fold
+        assert "import torch" in fold
+        assert "```python\n3\n```" in page.partition("Now.")[2]
+
+    def test_claims_are_folded_and_leave_a_line(self) -> None:
+        source = (
+            'print(x)\n\n# So far.\nassert x > 1\nassert x < 3\nprint("In between.")'
+        )
+        said = new_output("stream", name="stdout", text="2\nIn between.\n")
+        page, _ = self.render(code(source, said))
+        assert page == (
+            "```python\nprint(x)\n```\n\n``` { .text .output }\n2\n```\n\n"
+            "/// details | ✓ Checked: In between.\n    type: checked\n\n"
+            "```python\n# So far.\nassert x > 1\nassert x < 3\n"
+            'print("In between.")\n```\n\n///\n'
+        )
+
+    @pytest.mark.parametrize("source", ['print("Hello.")', "assert x\nx = 2"])
+    def test_what_makes_no_claim_at_its_end_stays(self, source: str) -> None:
+        assert self.render(code(source))[0] == f"```python\n{source}\n```\n"
+
+    def test_a_model_is_shown_whole(self) -> None:
+        layers = [f"  ({k}): HBPReLU()" for k in range(40)]
+        said = new_output(
+            "stream", name="stdout", text="\n".join(["HBPSequential(", *layers, ")"])
+        )
+        assert "(20): HBPReLU()" in self.render(code("print(model)", said))[0]
+
     def test_the_middle_of_a_long_log_is_left_out(self) -> None:
         lines = [f"line {k}" for k in range(100)]
         said = new_output("stream", name="stdout", text="\n".join(lines))
@@ -238,16 +277,16 @@ class TestNotebookHook:
             "commit": "abc",
         }
         monkeypatch.setattr(self.hook, "address", lambda: "")
-        page = self.hook.with_header("# Title\n\nText\n", "01_a", {"cpu": run})
+        page = self.hook.with_header("# Title\n\nText\n", "01_a", {"cpu": run}, 7)
         assert page.startswith('# Title\n\n<nav class="hbp-actions"')
         assert page.endswith("\n\nText\n")
         assert "[Download .ipynb](01_a.ipynb){ download }" in page
-        assert "Ran in 1 min 23 s on a computer, 2026-01-02, with torch" in page
+        assert "About 7 minutes to read.<br>\nRan in 1 min 23 s on a computer, " in page
         assert "Colab" not in page
         assert "View source" not in page
 
         monkeypatch.setattr(self.hook, "address", lambda: REPOSITORY)
-        page = self.hook.with_header("# Title\n", "01_a", {})
+        page = self.hook.with_header("# Title\n", "01_a", {}, 7)
         assert "github/somebody/hbp/blob/main/tutorials/01_a.ipynb" in page
         assert f"[View source]({REPOSITORY}/blob/main/tutorials/01_a.py)" in page
 
