@@ -163,10 +163,10 @@ check-dist: wheel  ## check both, and use the wheel where nothing but torch is
 	$(BIN)/python tools/check_dist.py "$$TAG"
 
 colab: wheel  ## rehearse Colab: each notebook alone, in a bare environment
-	$(BIN)/python tests/colab_rehearsal.py
+	$(BIN)/python tests/colab_rehearsal.py $(NOTEBOOKS)
 
 browser: docs  ## look at every page with chromium
-	$(ONE) $(TEST) tests/site/browser
+	$(ONE) $(TEST) --dist load tests/site/browser
 
 constraints: $(TESTS)  ## pin the newest versions of everything
 	$(UV) pip compile pyproject.toml --all-extras --universal --python-version 3.11 \

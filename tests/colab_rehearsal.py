@@ -4,7 +4,7 @@ The machine is a bare environment with the packages that Colab brings along. The
 notebook lies alone in an empty folder, and its install cell gets the wheel in
 `dist/` instead of a package from the net. Every cell has to run, those that solve
 exercises too. A cell that the notebook does not mark as measured must print what the
-committed notebook has. `make colab` runs this.
+committed notebook has. `make colab` runs this; `NOTEBOOKS="00 01"` those that begin so.
 """
 
 from __future__ import annotations
@@ -129,6 +129,10 @@ def main() -> None:
     if len(wheels) != 1:
         sys.exit(f"dist/ has {len(wheels)} wheels, not 1: `make wheel` first")
     notebooks = sorted((ROOT / "tutorials").glob("*.ipynb"))
+    if chosen := tuple(sys.argv[1:]):
+        notebooks = [path for path in notebooks if path.name.startswith(chosen)]
+        if not notebooks:
+            sys.exit(f"no notebook begins with {' or '.join(chosen)}")
     machines: Machines = SimpleQueue()
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
         for name in "ab":

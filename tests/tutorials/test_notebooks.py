@@ -6,6 +6,8 @@ these tests look at what is stored. They take a second and run nothing.
 
 from __future__ import annotations
 
+import ast
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,20 @@ def test_tutorials_come_in_pairs() -> None:
     notebooks = {path.stem for path in TUTORIALS.glob("*.ipynb")}
     assert notebooks == {path.stem for path in SCRIPTS}
     assert {"00_hbp_in_a_hundred_lines", "01_single_layer_mnist"} <= notebooks
+
+
+def test_notebooks_import_what_colab_has(code_cells: list[NotebookNode]) -> None:
+    """And the package: so that a rehearsal of two of them speaks for all."""
+    trees = [ast.parse(cell.source) for cell in code_cells]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = [
+        n.name for node in nodes if isinstance(node, ast.Import) for n in node.names
+    ]
+    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module]
+    found = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    assert "hbp" in found
+    known = load(ROOT / "tests" / "colab_rehearsal.py").ON_COLAB
+    assert found <= {"hbp", "sklearn", *known} - {"scikit-learn"}
 
 
 def test_script_and_notebook_are_the_same(script: Path, notebook: NotebookNode) -> None:
