@@ -21,8 +21,8 @@
 #
 # You need the chain rule, some linear algebra and some PyTorch.
 #
-# Whatever the text claims, a cell below it checks. So feel free to
-# change things. If a claim stops being true, an `assert` will say so.
+# Whatever the text claims, a cell below it checks, so feel free to
+# change things: if a claim stops being true, an `assert` will say so.
 
 # %% [markdown]
 # ## Setup
@@ -63,7 +63,7 @@ device = torch.device("cuda" if use_gpu else "cpu")
 
 # %% [markdown]
 # There is one setting. With `HBP_TUTORIAL=quick` in the environment,
-# a small data set takes the place of MNIST. It is passed more often,
+# a small data set takes the place of MNIST, and is passed more often,
 # so that there are enough steps.
 
 # %%
@@ -81,8 +81,8 @@ test_set = mnist(train=False)
 print(len(train_set), "training and", len(test_set), "test images")
 
 # %% [markdown]
-# An image is 28 × 28 numbers from 0 (black) to 1 (white). Its label
-# is the digit that it shows.
+# An image is 28 × 28 numbers from 0 (black) to 1 (white), and its
+# label is the digit that it shows.
 
 # %%
 all_images, all_labels = train_set.tensors
@@ -93,8 +93,8 @@ assert all_images.min() == 0
 assert all_images.max() == 1
 
 # %% [markdown]
-# We work on batches of 500 images, in random order. To our layer, an
-# image is a plain vector of 784 numbers. Let us pick one batch to
+# We work on batches of 500 images, in random order, and to our layer
+# an image is a plain vector of 784 numbers. Let us pick one batch to
 # look at closely.
 
 # %%
@@ -123,7 +123,7 @@ print(model)
 
 # %% [markdown]
 # `HBPLinear` is `torch.nn.Linear` with one more ability. All the rest
-# is untouched. Even the initial weights are the same, if the seed is.
+# is untouched: even the initial weights are the same, if the seed is.
 
 # %%
 set_seeds(1)
@@ -148,8 +148,8 @@ print("HBPLinear is nn.Linear, until you ask for more.")
 # + \tfrac{1}{2} \Delta^\top H \Delta .
 # $$
 #
-# The gradient $\delta$ is the slope. It says which way is down. The
-# Hessian $H$ is the curvature. It says how fast the slope changes,
+# The gradient $\delta$ is the slope, and says which way is down. The
+# Hessian $H$ is the curvature, and says how fast the slope changes,
 # and so how far you can trust it.
 #
 # For one sample of softmax cross-entropy, both are short formulas.
@@ -160,7 +160,7 @@ print("HBPLinear is nn.Linear, until you ask for more.")
 # H = \operatorname{diag}(p) - p p^\top .
 # $$
 #
-# Try them. Does the curvature improve the prediction?
+# Try them: does the curvature improve the prediction?
 
 # %%
 z = model(inputs[:1]).detach().double()
@@ -192,10 +192,10 @@ print("With curvature, the prediction is far more precise.")
 # {\partial z_n \, \partial z_n^\top} .
 # $$
 #
-# Our loss is a *mean*. So every term has a factor $1/N$ inside, and
+# Our loss is a *mean*, so every term has a factor $1/N$ inside, and
 # $\bar H$ is the average of the samples' Hessians. The same factor
-# is in every gradient that PyTorch computes. We will not need to
-# think of it again.
+# is in every gradient that PyTorch computes, so that we will not need
+# to think of it again.
 #
 # One call computes $\bar H$, for any loss that is a sum or a mean
 # over samples:
@@ -263,8 +263,8 @@ print("Its rows sum to zero, and it has no negative eigenvalue.")
 # $\bar H \otimes \bar x \bar x^\top$, with $\bar x$ the mean input.
 #
 # In code, it is one line after `loss.backward()`. The option `"zero"`
-# says to drop the second term. Here that changes nothing, but we
-# shall meet layers for which it does.
+# says to drop the second term. Here that changes nothing, but you
+# will meet layers for which it does.
 
 # %%
 loss.backward()
@@ -275,8 +275,8 @@ print("bias  ", tuple(model.bias.hessian.shape))
 
 # %% [markdown]
 # Every parameter now has a `.hessian` next to its `.grad`. That of
-# the weight has 7840 × 7840 entries. Nobody has written them down,
-# though. These two little pictures are all that is stored:
+# the weight has 7840 × 7840 entries, but nobody has written them
+# down: these two little pictures are all that is stored.
 
 # %% alt="Left, the 10 by 10 output Hessian: positive on the diagonal, slightly negative elsewhere. Right, the mean image of a batch: a blurred bright blob." tags=["nbval-ignore-output"]
 x_mean = inputs.mean(0)
@@ -305,9 +305,9 @@ print("A product needs only the two factors.")
 # ## Is that really the Hessian?
 #
 # Don't take our word for it. `hbp.reference` knows none of these
-# rules. It differentiates the loss twice, by PyTorch's autograd, and
-# writes the whole matrix down. That takes a small example: images of
-# 7 × 7 pixels. We use float64, to see more digits.
+# rules: it differentiates the loss twice, by PyTorch's autograd, and
+# writes the whole matrix down. That takes a small example, images of
+# 7 × 7 pixels, and float64, to see more digits.
 
 # %%
 tiny = avg_pool2d(images, 4).flatten(1).double()
@@ -341,8 +341,8 @@ assert difference.abs().max() < 1e-12
 print("For one image, the block is the exact Hessian.")
 
 # %% [markdown]
-# Then, a hundred of them. Now the two averages matter. The true block
-# is the average of $H_n \otimes x_n x_n^\top$. The average of a
+# Then, a hundred of them. Now the two averages matter: the true block
+# is the average of $H_n \otimes x_n x_n^\top$, and the average of a
 # product is not the product of the averages.
 #
 # The library offers two ways to average. The default keeps the mean
@@ -407,7 +407,8 @@ optimizer = CGNewton(
 # times as long as $g$ (`cg_tol`), or after 50 iterations.
 #
 # Take one step, and put it into the equation. A step uses the
-# curvature up, for it belongs to the old weights; so keep it first:
+# curvature up, because it belongs to the old weights; so keep it
+# first:
 
 # %%
 parameters = list(model.parameters())
@@ -445,13 +446,14 @@ assert 0 < actual < info.predicted_decrease
 print("The loss falls, though by less than was predicted.")
 
 # %% [markdown]
-# Why less? And what kind of step is it? Our curvature knows one
+# Why less, and what kind of step is it? Our curvature knows one
 # input direction only, that of $\bar x$. Elsewhere it takes the loss
-# for a straight slope, and that is too optimistic.
+# for a straight slope, and that is too optimistic: a promise can even
+# be larger than the whole loss.
 #
 # Split each row of the step into its part along $\bar x$ and the
-# rest. On the rest, $H$ is zero, and the equation says
-# $\alpha d = -g$. That is gradient descent, with the learning rate
+# rest. On the rest $H$ is zero, and the equation says
+# $\alpha d = -g$, which is gradient descent with the learning rate
 # $\mathrm{lr}/\alpha = 5$. Along $\bar x$, where the loss is steep,
 # curvature holds the step back.
 #
@@ -522,8 +524,8 @@ for epoch in range(num_epochs):
 
 # %% [markdown]
 # Mind the order. The output Hessian comes *before* `loss.backward()`,
-# which frees the graph that it needs. `backward_hessian` comes
-# *after*, for in general its rules use the gradients. And
+# which frees the graph that it needs, and `backward_hessian` comes
+# *after* it, because in general its rules use the gradients.
 # `zero_grad()` clears both gradients and curvature.
 
 # %% alt="Two curves against the iteration. The batch loss falls steeply at first and then slowly. The batch accuracy rises and then levels off." tags=["nbval-ignore-output"]
@@ -620,6 +622,7 @@ print("CG never used half of the iterations it was allowed.")
 #   [Modular Block-diagonal Curvature Approximations for Feedforward
 #   Architectures](https://arxiv.org/abs/1902.01813). AISTATS 2020.
 # - S.-W. Chen, C.-N. Chou, E. Y. Chang.
-#   [EA-CG: An Approximate Second-Order Method for Training Fully-
-#   Connected Neural Networks](https://arxiv.org/abs/1802.06502).
-#   2018. The averaged Jacobian is theirs.
+#   [EA-CG: An Approximate Second-Order Method for Training
+#   Fully-Connected Neural
+#   Networks](https://arxiv.org/abs/1802.06502), 2018. The averaged
+#   Jacobian is theirs.

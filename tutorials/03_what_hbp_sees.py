@@ -84,9 +84,9 @@ inputs = centers[labels] + torch.randn(256, 8).double()
 
 # %% [markdown]
 # Three linear layers, two sigmoids. The weights start twice as large
-# as usual. So the sigmoids are driven beyond the middle, where they
-# are nearly straight. We call parameters by their names in PyTorch:
-# `0.weight` is the first weight, `4.bias` the last bias.
+# as usual, so that the sigmoids are driven beyond the middle, where
+# they are nearly straight. We call parameters by their names in
+# PyTorch: `0.weight` is the first weight, `4.bias` the last bias.
 
 # %%
 loss_func = nn.CrossEntropyLoss()
@@ -243,7 +243,7 @@ print("Two ways of brute force, the same blocks.")
 #
 # Now Hessian backpropagation. This function does what you have seen
 # in the other tutorials, for a choice of batch schemes and of
-# treatments. We shall use it until the end.
+# treatments. We will use it until the end.
 
 
 # %%
@@ -268,8 +268,8 @@ def curvature(
 
 
 # %% [markdown]
-# Try it on a single sample. No average is taken, so nothing should be
-# lost.
+# Try it on a single sample, where no average is taken, so that
+# nothing should be lost.
 
 # %%
 schemes = ["averaged Jacobian", "averaged product"]
@@ -332,15 +332,15 @@ side_by_side("0.bias")
 
 # %% [markdown]
 # The pattern is the same, and a few entries are off. And the first
-# *weight*? Its block has 6 × 6 squares, one for each pair of outputs.
-# In each are 8 × 8 numbers, one for each pair of inputs.
+# *weight*? Its block has 6 × 6 squares, one for each pair of outputs,
+# and in each are 8 × 8 numbers, one for each pair of inputs.
 
 # %% alt="Three tiles of 48 by 48 entries, for the first weight. The two averaged ones resemble each other: every square of 8 by 8 entries has the same pattern, stronger or weaker. In the exact tile every square has a pattern of its own." tags=["nbval-ignore-output"]
 side_by_side("0.weight")
 
 # %% [markdown]
 # This is another matter. On the left, all squares have one and the
-# same pattern, for that is what a Kronecker product is:
+# same pattern, because that is what a Kronecker product is:
 # $\bar H \otimes \bar x \bar x^\top$, or
 # $\bar H \otimes \operatorname{E}[x x^\top]$. On the right, each
 # square has a pattern of its own.
@@ -376,10 +376,10 @@ assert max(distance["4.bias"]) < 1e-12
 print("The last bias is exact.")
 
 # %% [markdown]
-# So the error is made on the way. At the output there is none. Each
-# layer that the curvature passes adds to it. And a weight is worse
-# off than its bias, for it has one more product in it to be averaged:
-# that of curvature and inputs.
+# So the error is made on the way: at the output there is none, and
+# each layer that the curvature passes adds to it. A weight is worse
+# off than its bias, because it has one more product in it to be
+# averaged, that of curvature and inputs.
 #
 # ## Where the error comes from
 #
@@ -442,8 +442,8 @@ assert missing.abs().max() < 1e-12
 print("What the averages miss is the two covariances.")
 
 # %% [markdown]
-# Averaged products put the first covariance back. They know nothing
-# of the second. For the first weight, that is not enough. Samples of
+# Averaged products put the first covariance back, and know nothing of
+# the second. For the first weight, that is not enough: samples of
 # different classes, for instance, have different inputs, and
 # different curvature, too.
 
@@ -505,11 +505,11 @@ panels = [
 with_log_axis(curves(panels))
 
 # %% [markdown]
-# The error grows fast, and not for long. With four samples, most of
-# it is there. With a hundred, it is about the same. It has to be so:
-# a covariance over a batch tends to that of the whole data set. Hence
-# a larger batch makes the curvature less noisy, but the *averaging*
-# gets neither better nor much worse.
+# The error grows fast, and not for long: with four samples most of it
+# is there, with a hundred it is about the same. It has to be so,
+# since a covariance over a batch tends to that of the whole data set.
+# Hence a larger batch makes the curvature less noisy, but the
+# *averaging* gets neither better nor much worse.
 
 # %%
 at = dict(zip(batch_sizes, errors, strict=True))
@@ -544,10 +544,10 @@ for name in ["4.weight", "4.bias"]:
 print("Negative curvature lives below the sigmoids only.")
 
 # %% [markdown]
-# At the output, the loss is a bowl. A linear layer keeps it one. But
-# a sigmoid has a curvature of its own, $\varphi''$, which is positive
-# on its lower half and negative on the upper. It enters with the
-# slope of the loss, which has either sign:
+# At the output the loss is a bowl, and a linear layer keeps it one.
+# But a sigmoid has a curvature of its own, $\varphi''$, which is
+# positive on its lower half and negative on the upper. It enters with
+# the slope of the loss, which has either sign:
 #
 # $$
 # H_x = J^\top H_z J
@@ -728,11 +728,10 @@ for title in ["GGN", "PCH, abs", "PCH, clip"]:
 print("On the GGN and both PCHs, it converges.")
 
 # %% [markdown]
-# What CG had found by then is no harm, since it stops in time. But it
-# is little, and often nothing. (There is another way out, which goes
-# along that direction
-# [to the boundary](../docs/damping.md#trust-radius) of a trust
-# region.)
+# What CG had found by then does no harm, since it stops in time, but
+# it is little, and often nothing. (There is another way out, which
+# goes along that direction [to the
+# boundary](../docs/damping.md#trust-radius) of a trust region.)
 #
 # ## What the repairs change
 #
@@ -750,8 +749,8 @@ for title, block in weight_block.items():
 
 # %% [markdown]
 # A lot. So far from the output, the second-order terms are most of
-# what there is. The GGN forgets them, and sees little curvature: its
-# steps are long. The PCHs keep their size, as caution: theirs are
+# what there is. The GGN forgets them, and sees little curvature, so
+# its steps are long. The PCHs keep their size, as caution: theirs are
 # shorter, those of `"abs"` the shortest. And since
 # $\max(r, 0) = \tfrac12 (r + |r|)$, `"clip"` is just the midpoint
 # between the Hessian and `"abs"`.
@@ -773,8 +772,8 @@ print("From short to long: abs, clip, GGN.")
 # ## Two matrices of the same name
 #
 # The shortest steps were those of `"abs"`. That has a reason, and it
-# is a trap. *When* is the absolute value taken? With exact products,
-# sample by sample. With the batch schemes, after the sum over the
+# is a trap: *when* is the absolute value taken? With exact products,
+# sample by sample; with the batch schemes, after the sum over the
 # batch:
 #
 # $$
@@ -867,8 +866,8 @@ print("Half the threshold is too little, 1.5 times is enough.")
 # *whole* Hessian?
 
 # %% [markdown] tags=["solution"]
-# A ReLU consists of two straight lines, $\varphi'' = 0$. There is no
-# second-order term to treat.
+# A ReLU consists of two straight lines, $\varphi'' = 0$, so there is
+# no second-order term to treat.
 
 # %% tags=["solution"]
 relu_model = network(HBPReLU)

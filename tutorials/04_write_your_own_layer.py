@@ -129,7 +129,7 @@ def loss_above(z):
 
 
 # %% [markdown]
-# Here is what comes from above. The loss sees only the sum of $z$. So
+# Here is what comes from above. The loss sees only the sum of $z$, so
 # all entries of $\delta$ are the same, and those of $H_z$ are 1.
 
 # %%
@@ -139,7 +139,7 @@ H_z = torch.ones(11, 11).double()
 
 # %% [markdown]
 # And here is what the layer knows. Entry $k$ of $z$ depends on entry
-# $k$ of $x$ alone. So $J$ is a diagonal matrix, and so is the
+# $k$ of $x$ alone, so $J$ is a diagonal matrix, and so is the
 # second-order term:
 #
 # $$
@@ -171,8 +171,8 @@ matrices(
 
 # %% [markdown]
 # The first picture is curvature that was there already, seen through
-# the slopes. The second is new. It is made by the bump itself, and it
-# is negative where the bump bends downward, around zero.
+# the slopes. The second is new: it is made by the bump itself, and is
+# negative where the bump bends downward, around zero.
 #
 # The third rule needs a parameter. Scale every input by a number of
 # its own, $z = s \odot x$. Then
@@ -300,8 +300,9 @@ print("Only with 'none' is there a negative eigenvalue.")
 #
 # Automatic differentiation is right, but it takes its time: it runs
 # `forward` again, and differentiates twice. You know the formulas, so
-# state them. `first_derivative` gets $x$. `second_derivative` gets
-# $x$ and the first one, for often that saves some work: here,
+# state them. `first_derivative` gets $x$, and `second_derivative`
+# gets
+# $x$ and the first one, which often saves some work: here,
 # $\varphi'' = -\varphi - x \varphi'$.
 
 
@@ -325,9 +326,9 @@ for name in treatments:
 print("The formulas agree.")
 
 # %% [markdown]
-# A formula is one more thing that can be wrong. It should earn its
-# place, so measure: the time for both derivatives of a batch of 500
-# samples with 256 features.
+# A formula is one more thing that can be wrong, and it should earn
+# its place. So measure the time for both derivatives of a batch of
+# 500 samples with 256 features.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -356,7 +357,7 @@ print(f"The formulas are {ratio:.1f} times faster.")
 # ## What a wrong rule looks like
 #
 # A wrong gradient often shows: the loss does not fall. A wrong
-# Hessian is a quieter thing. Steps still go downhill, only less well,
+# Hessian is a quieter thing: steps still go downhill, only less well,
 # and nobody ever asks why. So let us make mistakes on purpose, and
 # see whether they are noticed.
 #
@@ -525,13 +526,14 @@ print("Every block is the Hessian's, by autograd.")
 # `BilinearRule` asks autograd for every product. If you state the
 # rules yourself, there is nothing to ask, and the mathematics stands
 # on the page. Each rule is a method: `jacobian`, `second_order` and
-# `parameter_jacobians`. Ours can do without the second, for nothing
-# bends. Besides, `forward` has to end in `self.record(...)`, to
-# remember what the rules will want to know: here, $x$.
+# `parameter_jacobians`. Ours can do without the second, because
+# nothing bends. Besides, `forward` has to end in `self.record(...)`,
+# to remember what the rules will want to know: here, $x$.
 #
 # Jacobians are not matrices but *maps*, objects that multiply by $J$
-# and by $J^\top$. `hbp.core.jacobians` has the usual ones, and `Chain`
-# puts them in a row. With $h = Bx$ our layer is $z = Ah + b$, so
+# and by $J^\top$. `hbp.core.jacobians` has the usual ones, and
+# `Chain` puts them in a row. With $h = Bx$ our layer is $z = Ah + b$,
+# so
 #
 # $$
 # \frac{\partial z}{\partial x} = A B, \qquad
@@ -648,7 +650,7 @@ print("HBPRMS agrees with automatic differentiation.")
 
 # %% [markdown]
 # One can understand this layer without computing anything. Stretch
-# $x$, and $z$ stays as it is. So $J x = 0$, and the generalized
+# $x$, and $z$ stays as it is, so $J x = 0$, and the generalized
 # Gauss-Newton matrix $J^\top H_z J$ has no curvature along $x$. The
 # Hessian does have some: the gradient $g$ shrinks like one over the
 # length of $x$, and the derivative of that along $x$ is
@@ -689,14 +691,14 @@ for features in [10, 100, 1000]:
 
 # %% [markdown]
 # So `GeneralRule` is for layers of some ten or hundred features. If
-# yours has more, look for structure. Often a layer is a chain of
+# yours has more, look for structure: often a layer is a chain of
 # linear maps and elementwise functions, and an `HBPSequential` of
 # those is much cheaper.
 #
 # ## Put them to work
 #
-# Two spirals, one inside the other, 80 points each, made from a seed.
-# Which spiral does a point belong to? It is an old test for networks,
+# Two spirals, one inside the other, 80 points each, made from a seed:
+# which spiral does a point belong to? It is an old test for networks,
 # and no line can answer it.
 
 
@@ -741,8 +743,8 @@ print(model)
 #
 # We need not average. Send one matrix per sample backward
 # (`per_sample_hessian`), and products are
-# [exact](../docs/exact.md#exact). Our layers can do that, too. Nobody
-# had to tell them how.
+# [exact](../docs/exact.md#exact). Our layers can do that, too, and
+# nobody had to tell them how.
 
 # %%
 optimizer = CGNewton(
@@ -814,7 +816,7 @@ matrices({"the points": picture, "the answer": difference})
 #
 # You need not build an `HBPSequential`. Put your layer into an
 # ordinary `torch.nn` model, with a `forward` of its own, and
-# `convert` it. Layers that PyTorch knows get their HBP twin. HBP
+# `convert` it. Layers that PyTorch knows get their HBP twin, and HBP
 # layers, yours among them, are taken over as they are.
 
 
@@ -855,7 +857,8 @@ print("The blocks are right, also past the shortcut.")
 
 # %% [markdown]
 # And the layer without the rule? `convert` looks inside, finds a
-# function that it has no rule for, and says so. Better than to guess.
+# function that it has no rule for, and says so, which is better than
+# to guess.
 
 # %%
 try:
@@ -989,8 +992,8 @@ print("For the hat, all four treatments are the same.")
 
 
 # %% [markdown]
-# The fourth exercise is about a layer by a colleague. The formulas
-# are right, says the colleague, and indeed they are.
+# The fourth exercise is about a layer by a colleague, who says that
+# the formulas are right, and indeed they are.
 
 
 # %%
@@ -1132,5 +1135,5 @@ print("The network tells the spirals apart.")
 #   The equation, and the treatments of its second term.
 # - J. Barron.
 #   [Squareplus: A Softplus-Like Algebraic
-#   Rectifier](https://arxiv.org/abs/2112.11687). 2021. The function
+#   Rectifier](https://arxiv.org/abs/2112.11687), 2021. The function
 #   of the first exercise.

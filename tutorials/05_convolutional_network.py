@@ -153,14 +153,14 @@ assert 4 * (64 * 28 * 28) ** 2 > 10e9
 print("and in the full network more than 10 GB.")
 
 # %% [markdown]
-# That is for *one* matrix, averaged over a batch. Each sample has a
-# matrix of its own. Nobody can store them all, and nobody has to.
+# That is for *one* matrix, averaged over a batch. Each sample has one
+# of its own; nobody can store them all, and nobody has to.
 #
 # ## The rule
 #
 # A convolution is a linear layer that is used at every position.
 # Collect the patches that the kernel sees as columns of a matrix
-# $[\![X]\!]$. Then $Z = W [\![X]\!]$, and the curvature $H_Z$ at the
+# $[\![X]\!]$; then $Z = W [\![X]\!]$, and the curvature $H_Z$ at the
 # output becomes
 #
 # $$
@@ -178,10 +178,10 @@ print("and in the full network more than 10 GB.")
 # \;\mapsto\; \big( H_Z \, (V [\![X]\!]) \big) \, [\![X]\!]^\top .
 # $$
 #
-# First a convolution, as in the forward pass. Last a correlation, as
-# in the backward pass. And between them $H_Z$, which the layers above
-# multiply by in the same manner. It ends at the loss, where $H$ is
-# 10 × 10 for each sample.
+# First comes a convolution, as in the forward pass, and last a
+# correlation, as in the backward pass. Between them stands $H_Z$,
+# which the layers above multiply by in the same manner, until it ends
+# at the loss, where $H$ is 10 × 10 for each sample.
 #
 # In code, it is the Hessian pass that you know, but for one name.
 # `per_sample_hessian` keeps apart what `batch_summed_hessian` adds
@@ -214,9 +214,9 @@ def averaged(model, images, labels, treatment):
 # %% [markdown]
 # ## Is it exact?
 #
-# Ask autograd. For a small network in float64, differentiate the
-# gradient of the first kernel once more, along some direction $v$.
-# What comes out is $H v$. Autograd knows nothing of our rules.
+# Ask autograd, which knows nothing of our rules. For a small network
+# in float64, differentiate the gradient of the first kernel once
+# more, along some direction $v$: what comes out is $H v$.
 
 # %%
 tiny = HBPSequential(
@@ -328,10 +328,10 @@ assert share < 1 / 2
 print("The mean image is less than half as long as an image.")
 
 # %% [markdown]
-# In the mean image there are no edges left. But a kernel is there to
+# In the mean image there are no edges left, but a kernel is there to
 # look at edges. In the averaged block, $[\![X]\!]$ holds patches of
-# the *mean* image. A kernel that looks for an edge finds nothing in
-# them, and the block says: along this direction the loss is flat.
+# the *mean* image, in which a kernel that looks for an edge finds
+# nothing, and the block says: along this direction the loss is flat.
 #
 # Let us ask. Take a direction $v$ that adds a vertical edge to every
 # kernel, and compare the curvature $v^\top H v$ in both blocks.
@@ -422,7 +422,7 @@ steps = {
 # is small. Where $H$ is much smaller than $\alpha$, a step is
 # $-\mathrm{lr}/\alpha \cdot g$, with a rate of 150 here. That suits
 # the first layers, whose gradients are tiny. In the last ones $H$ is
-# larger, and has to hold the step back. So we must trust it. Averages
+# larger, and has to hold the step back, so we must trust it. Averages
 # we trust less, and give $\alpha$ ten times the size: with 0.001, as
 # the record below shows, training blows up.
 #
@@ -501,8 +501,8 @@ print(record["settings"])
 
 # %% [markdown]
 # Who wins a race depends on how well the runners are set up. Every
-# method got a few settings, and a few epochs for each. The one with
-# the lowest training loss went on. The test images had no say in
+# method got a few settings, and a few epochs for each, and the one
+# with the lowest training loss went on; the test images had no say in
 # this. Here is what was tried:
 
 # %% tags=["nbval-ignore-output"]
@@ -572,9 +572,9 @@ assert max(accuracies["SGD"][:40]) < 0.15 < accuracies["SGD"][-1]
 print("SGD takes more than forty epochs to leave the plateau.")
 
 # %% [markdown]
-# By the clock, the picture is another one. A step by exact products
-# takes as long as a dozen or so of Adam's. When does each method
-# first get to a given accuracy?
+# By the clock, the picture is another one, since a step by exact
+# products takes as long as a dozen or so of Adam's. When does each
+# method first get to a given accuracy?
 
 
 # %%
@@ -606,10 +606,10 @@ print("In all this time averaged products do not get as far.")
 
 # %% [markdown]
 # So if seconds are all that counts, take Adam. Averaged products are
-# cheap, and on the way about as fast as exact ones. They are also
+# cheap, and on the way about as fast as exact ones, but they are also
 # nervous: look at how their curve jumps. One seed and a small grid
-# settle no such question. But they show what to expect of exact
-# products: steps that are few, good, and dear.
+# settle no such question, but they show what to expect of exact
+# products: steps that are few, good, and costly.
 
 # %% [markdown]
 # ## Exercises
@@ -673,7 +673,7 @@ matrices({"curvature of one filter": block})
 # %% [markdown] tags=["solution"]
 # Three by three squares, for the pairs of colours, and little detail
 # within. Neighbouring pixels of a photograph are alike, and so are
-# its colours. So the steepest direction is nearly the one that
+# its colours, so the steepest direction is nearly the one that
 # changes all weights by the same amount.
 
 # %% tags=["solution"]
@@ -747,7 +747,7 @@ print("Exact products leave the plateau early, SGD late.")
 # %% [markdown]
 # **A good step is not a cheap one.** Adam gets to the same accuracy
 # sooner, by the clock. Exact curvature is for those who want to know
-# the curvature, or whose passes over the data are dear.
+# the curvature, or whose passes over the data are expensive.
 
 # %%
 epochs_of = {
