@@ -137,8 +137,8 @@ print(model)
 # `avg_input_jac` and `avg_param_jac` stand for the averaged Jacobians
 # of the MNIST tutorial.
 #
-# We keep a copy of the untrained model. The competitors shall start
-# from the same weights.
+# We keep a copy of the untrained model, so that the competitors can
+# start from the same weights.
 
 # %%
 untrained = copy.deepcopy(model)
@@ -293,8 +293,8 @@ print("Without the second term, most of the curvature is gone.")
 #
 # ### The training loop
 #
-# One step is short. Forward and backward are as ever. The curvature
-# at the output and its way back are new.
+# One step is short. Forward and backward are what they always were;
+# the curvature at the output and its way back are new.
 
 
 # %%
@@ -323,10 +323,11 @@ def newton_step(model, optimizer):
 
 
 # %% [markdown]
-# Around it we need a loop over epochs and batches, with some book-
-# keeping. It notes loss and accuracy of every 15th batch, and after
-# each epoch the accuracy on the test images. The clock runs during
-# training only. If you interrupt it, the numbers so far are kept.
+# Around it we need a loop over epochs and batches, with some
+# bookkeeping. It notes loss and accuracy of every 15th batch, and
+# after each epoch the accuracy on the test images. The clock runs
+# during training only. If you interrupt it, the numbers so far are
+# kept.
 
 
 # %%
@@ -779,10 +780,10 @@ print("On test images, too.")
 #   Architectures](https://arxiv.org/abs/1902.01813). AISTATS 2020.
 #   The method, and the experiment.
 # - S.-W. Chen, C.-N. Chou, E. Y. Chang.
-#   [EA-CG: An Approximate Second-Order Method for Training Fully-
-#   Connected Neural Networks](https://arxiv.org/abs/1802.06502).
-#   2018. The averaged Jacobian, and the solution of the equation by
-#   conjugate gradients.
+#   [EA-CG: An Approximate Second-Order Method for Training
+#   Fully-Connected Neural
+#   Networks](https://arxiv.org/abs/1802.06502), 2018. The averaged
+#   Jacobian, and the solution of the equation by conjugate gradients.
 # - A. Botev, H. Ritter, D. Barber.
 #   [Practical Gauss-Newton Optimisation for Deep
 #   Learning](https://arxiv.org/abs/1706.03662). ICML 2017. The
