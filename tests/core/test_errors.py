@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hbp
 from hbp import CGNewton, HBPLinear, HBPSequential, HBPSigmoid, batch_summed_hessian
+from hbp.core import settings
 from hbp.operators import DenseOperator, MatrixFree
 
 NAN, INF = float("nan"), float("inf")
@@ -597,3 +598,48 @@ def test_large_finite_statistics_are_no_error() -> None:
     layer(torch.full((1, 4), 2e38)).sum().backward()
     layer.backward_hessian(H.float())
     assert layer.weight.hessian is not None
+
+
+def test_a_pooling_with_two_results_is_refused() -> None:
+    pool = hbp.HBPMaxPool2d(2, return_indices=True)
+    with pytest.raises(ValueError, match=r"return_indices=True.* take one tensor"):
+        pool(randn(1, 1, 4, 4))
+
+
+def test_paths_of_different_shapes_are_refused() -> None:
+    # torch would broadcast their sum.
+    residual = hbp.HBPResidual(HBPLinear(3, 1), HBPLinear(3, 3)).double()
+    with pytest.raises(ValueError, match=r"\[2, 1\] and its shortcut \[2, 3\]"):
+        residual(randn(2, 3))
+
+
+def test_dense_jacobians_ask_the_limit() -> None:
+    layer = hbp.HBPSoftmax(1)
+    limit = settings.dense_limit
+    hbp.set_dense_limit(100 * 8)
+    try:
+        layer(randn(5, 3).requires_grad_()).sum().backward()
+        layer.backward_hessian(H, True)  # 45 entries
+        layer(randn(12, 3).requires_grad_()).sum().backward()
+        with pytest.raises(MemoryError, match=r"each of 12 samples of 3 features"):
+            layer.backward_hessian(H, True)
+    finally:
+        hbp.set_dense_limit(limit)
+
+
+def test_no_length_is_the_best_without_curvature_and_room() -> None:
+    model = HBPLinear(3, 1).double()
+    before = values(model)
+    optimizer = CGNewton(model.parameters())
+    outputs = model(randn(4, 3))
+    hbp.backward(model, outputs, outputs.mean() - 100)  # linear, far below 0
+    with pytest.raises(ArithmeticError, match="not above its lower bound"):
+        optimizer.step()
+    assert all(map(torch.equal, values(model), before))
+
+
+def test_the_namespace_is_tidy() -> None:
+    names = dir(hbp)
+    assert {"CGNewton", "HBPLinear", "backward", "convert", "inspect", "nn"} <= {*names}
+    assert "__version__" in names
+    assert not {"core", "fast", "line", "annotations"} & {*names}
