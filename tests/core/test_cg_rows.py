@@ -168,7 +168,7 @@ def test_every_row_is_what_cg_does(data: st.DataObject, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("maxiter", [None, 1, 2, 5])
 def test_the_same_counts_as_cg(tol: float, maxiter: int | None) -> None:
     """No threshold is near here, so that nothing needs a margin."""
-    torch.manual_seed(2)
+    torch.manual_seed(3)
     sizes = [(3, 0.0), (8, 0.1), (20, 0.02), (1, 0.5), (12, 1.0)]
     systems = [system(definite(n, 30.0, torch.float64), None, a) for n, a in sizes]
     problem = Problem(systems, tol, maxiter)
