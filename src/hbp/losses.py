@@ -48,21 +48,31 @@ def watching(hessian: Tensor, outputs: Tensor, gradient: Tensor | None) -> Tenso
         outputs: z, [N, ...].
         gradient: ∂loss/∂z, [N, ...].
     """
-    if outputs.is_leaf or gradient is None:  # A leaf would keep the hook for ever.
+    # A leaf would keep the hook for ever, and two numbers are always parallel.
+    if outputs.is_leaf or gradient is None or outputs.numel() == 1:
         return hessian
     own, scale = gradient.detach().flatten(), hessian.new_full((), math.nan)
 
-    def note(sent: Tensor) -> None:
-        if not torch.is_grad_enabled():  # Else it is that of another output Hessian.
-            g = sent.flatten().to(own)
-            along, both = g @ own, (g @ g) * (own @ own)
-            parallel = along * along > (1 - 1e-4) * both
-            scale.copy_(torch.where(parallel, along / (own @ own), math.nan))
+    def note(sent: Tensor | None) -> None:
+        # With gradients enabled it is that of another output Hessian.
+        if sent is not None and not torch.is_grad_enabled():
+            with full_precision():
+                scale.copy_(_factor_between(own, sent.flatten().to(own)))
 
     outputs.register_hook(note)
     hessian = hessian.clone()  # Its version tells whether anybody has changed it.
     vars(hessian)["sent_scale"] = scale
     return hessian
+
+
+def _factor_between(e: Tensor, g: Tensor) -> Tensor:
+    """The f with g = f e, or NaN if there is none; no square over- or underflows."""
+    units = e.abs().max(), g.abs().max()
+    e, g = e / units[0], g / units[1]
+    along, parallel = g @ e, (g @ g) * (e @ e) * (1 - 1e-4)
+    factor = along / (e @ e) * (units[1] / units[0])
+    is_known = (along * along > parallel) & factor.isfinite()
+    return torch.where(is_known, factor, math.nan)
 
 
 @contextmanager
@@ -160,8 +170,9 @@ def output_hessian(
     scalar = getattr(loss_func, "reduction", None) in ("mean", "sum")
     if formula is None or broadcast or z.dim() < 2 or not scalar:
         with torch.enable_grad():
-            z.requires_grad_()
-            return batch_summed_hessian(loss_func(z, wide), z)
+            loss = loss_func(z.requires_grad_(), wide)
+            hessian = batch_summed_hessian(loss, z)
+            return watching(hessian, outputs, core.derivative(loss, [z]))
     require_room((z[0].numel(),) * 2, z.dtype, "Pass an operator, as MatrixFree(...)")
     with torch.enable_grad():  # The loss knows best which targets it takes.
         loss = loss_func(taken[0].requires_grad_(), taken[1])

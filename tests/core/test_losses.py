@@ -472,3 +472,65 @@ def test_outputs_that_are_leaves_keep_no_hook() -> None:
     for _ in range(3):
         batch_summed_hessian(outputs.exp().sum(), outputs)
     assert not outputs._backward_hooks
+
+
+def _net() -> HBPLinear:
+    return HBPLinear(4, 3)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_backward_pass_within_autocast_is_measured_with_all_digits(
+    half: torch.dtype,
+) -> None:
+    for factor, fits in [(2.0**16, True), (2.0**16 * 7, False)]:
+        model = _net()
+        with torch.autocast("cpu", half):
+            outputs = model(torch.randn(8, 4))
+            loss = F.cross_entropy(outputs, torch.arange(8) % 3) * 0.01
+            hessian = batch_summed_hessian(loss, outputs)
+            (loss * factor).backward()
+        send = partial(model.backward_hessian, hessian, loss_scale=2.0**16)
+        if fits:
+            send()
+        else:
+            with pytest.raises(ValueError, match="times the gradient"):
+                send()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15])
+def test_a_multiple_is_noticed_whatever_the_size_of_the_loss(size: float) -> None:
+    model = _net()
+    outputs = model(torch.randn(8, 4))
+    loss = F.cross_entropy(outputs, torch.arange(8) % 3) * size
+    hessian = batch_summed_hessian(loss, outputs)
+    (7 * loss).backward()
+    with pytest.raises(ValueError, match="sent 7 times the gradient"):
+        model.backward_hessian(hessian)
+
+
+def test_one_number_is_parallel_to_every_other() -> None:
+    model = HBPLinear(4, 1)
+    outputs = model(torch.randn(1, 4))
+    loss = (outputs - 1).square().mean()
+    hessian = batch_summed_hessian(loss, outputs)
+    (loss + outputs.abs().mean()).backward()  # a term without curvature
+    model.backward_hessian(hessian)
+    assert model.bias.hessian is not None
+
+
+def test_a_matrix_without_a_version_is_taken() -> None:
+    model = _net()
+    F.mse_loss(model(torch.randn(8, 4)), torch.zeros(8, 3)).backward()
+    with torch.inference_mode():
+        hessian = 2 / 3 * torch.eye(3)
+    model.backward_hessian(hessian, modify_2nd_order_terms="ggn")
+    assert model.bias.hessian is not None
+
+
+def test_a_loss_without_formula_is_watched_too() -> None:
+    model, targets = _net(), torch.arange(8) % 3
+    outputs = model(torch.randn(8, 4))
+    hessian = output_hessian(F.cross_entropy, outputs, targets)
+    (7 * F.cross_entropy(outputs, targets)).backward()
+    with pytest.raises(ValueError, match="sent 7 times the gradient"):
+        model.backward_hessian(hessian)

@@ -659,9 +659,10 @@ def as_operator(hessian: object, loss_scale: float = 1.0) -> SymmetricOperator:
     if matrix.numel() == 0:
         raise ValueError(f"{name} of shape {list(matrix.shape)} is empty.")
     sizes = [matrix.abs().max(), (matrix - matrix.mT).abs().max()]
-    sent = None if hessian._version else vars(hessian).get("sent_scale")
-    sizes.append(matrix.new_full((), math.nan) if sent is None else sent)
-    largest, asymmetry, factor = torch.stack(sizes).tolist()
+    sent = vars(hessian).get("sent_scale")
+    if sent is None or hessian._version:
+        sent = matrix.new_full((), math.nan)
+    largest, asymmetry, factor = torch.stack([*sizes, sent]).tolist()
     if not largest < float("inf"):
         raise ValueError(f"{name} contains NaN or infinity. Check loss and inputs.")
     # Autograd's round-off is a few eps; a wrong matrix is off by far more.
