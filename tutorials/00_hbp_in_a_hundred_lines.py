@@ -61,7 +61,7 @@ hbp_source = ""
 
 if importlib.util.find_spec("hbp") is None:
     package = os.environ.get("HBP_INSTALL", hbp_source)
-    assert package, "set HBP_INSTALL to what pip shall install"
+    assert package, "set HBP_INSTALL to what pip is to install"
     pip = [sys.executable, "-m", "pip", "install", "-q", package]
     subprocess.run(pip, check=True)
     importlib.invalidate_caches()

@@ -40,7 +40,7 @@ hbp_source = ""
 
 if importlib.util.find_spec("hbp") is None:
     package = os.environ.get("HBP_INSTALL", hbp_source)
-    assert package, "set HBP_INSTALL to what pip shall install"
+    assert package, "set HBP_INSTALL to what pip is to install"
     pip = [sys.executable, "-m", "pip", "install", "-q", package]
     subprocess.run(pip, check=True)
     importlib.invalidate_caches()
@@ -881,7 +881,7 @@ for treatment in treatments.values():
         difference = dense - block_of(relu_whole, name)
         assert difference.abs().max() < 1e-12
         assert torch.linalg.eigvalsh(dense).min() > -1e-12
-print("Four treatments, one matrix: blocks without a minus.")
+print("Four treatments, one matrix, no negative eigenvalue.")
 
 assert torch.linalg.eigvalsh(relu_whole).min() < -1e-3
 print("But the whole Hessian is indefinite.")

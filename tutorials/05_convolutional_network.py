@@ -41,7 +41,7 @@ hbp_source = ""
 
 if importlib.util.find_spec("hbp") is None:
     package = os.environ.get("HBP_INSTALL", hbp_source)
-    assert package, "set HBP_INSTALL to what pip shall install"
+    assert package, "set HBP_INSTALL to what pip is to install"
     pip = [sys.executable, "-m", "pip", "install", "-q", package]
     subprocess.run(pip, check=True)
     importlib.invalidate_caches()
@@ -95,7 +95,7 @@ all_images, all_labels = cifar10(train=True).tensors
 center = all_images.mean((0, 2, 3), keepdim=True)
 spread = all_images.std((0, 2, 3), keepdim=True)
 
-# As many as we shall train on, and each of them once.
+# As many as we will train on, and each of them once.
 count = num_steps * batch_size
 train_images = ((all_images[:count] - center) / spread).to(device)
 train_labels = all_labels[:count].to(device)

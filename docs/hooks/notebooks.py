@@ -32,6 +32,7 @@ from traitlets.config import Config
 TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
 FIGURES = {"image/svg+xml", "image/png", "image/jpeg"}
 LONGEST_LOG, SHOWN_LOG = 24, 8  # lines
+FOLDS = {"setup": "Code of the setup", "solution": "Solution"}
 # The loop over cells and outputs is nbconvert's.
 TEMPLATE = """
 {%- extends 'base/null.j2' -%}
@@ -107,16 +108,12 @@ def with_folds(cells: list[NotebookNode]) -> list[NotebookNode]:
         if kind is None:
             folded += [part for cell in group for part in without_claims(cell)]
         else:
-            folded += [
-                opening(kind, kind.split()[0].lower()),
-                *group,
-                new_markdown_cell("///"),
-            ]
+            folded += [opening(FOLDS[kind], kind), *group, new_markdown_cell("///")]
     return folded
 
 
 def kinds(cells: list[NotebookNode]) -> Callable[[NotebookNode], str | None]:
-    """Tell which cells belong into a fold, and say its title."""
+    """Tell which cells belong into a fold, and into which."""
     setup: list[str] = []
     for cell in cells:
         begins = cell.cell_type == "code" and "HBP_INSTALL" in cell.source
@@ -127,8 +124,8 @@ def kinds(cells: list[NotebookNode]) -> Callable[[NotebookNode], str | None]:
 
     def kind(cell: NotebookNode) -> str | None:
         if "solution" in cell.metadata.get("tags", []):
-            return "Solution"
-        return "Code of the setup" if cell.id in setup else None
+            return "solution"
+        return "setup" if cell.id in setup else None
 
     return kind
 

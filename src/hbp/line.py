@@ -31,11 +31,10 @@ from torch.nn import Parameter
 from hbp.convert import Converted
 from hbp.core import newton
 from hbp.core.containers import HBPResidual, HBPSequential, leaves_of
-from hbp.core.guards import is_narrow, is_number
-from hbp.core.losses import derivative
+from hbp.core.guards import is_number
 from hbp.core.module import HBPModule, drop_curvature
 from hbp.distributed import average
-from hbp.losses import batch_summed_hessian, casts, per_sample_hessian
+from hbp.losses import hessian_and_gradient, places_of
 
 DAMPING: Final = 0.1
 """α where none is given."""
@@ -99,9 +98,9 @@ def backward(
     """
     _check_arguments(model, curvature, lower_bound, scaler)
     drop_curvature(model.parameters())  # Should this pass fail, no other one counts.
-    hessian = (per_sample_hessian if exact else batch_summed_hessian)(loss, outputs)
-    line = Line(model, outputs, loss, lower_bound, process_group)
-    gradient = line.gradient.detach()
+    hessian, gradient = hessian_and_gradient(loss, outputs, exact)
+    line = Line(model, outputs, loss, gradient, lower_bound, process_group)
+    gradient = gradient.detach()
     if scaler:  # While there are digits: half precision may have none for it.
         gradient = scaler.scale(gradient)
     gradient = gradient.to(outputs.dtype)
@@ -191,12 +190,10 @@ class Line:
     Args:
         model: That computed the outputs, and has not changed since.
         outputs: z, [N, ...].
-        loss: Their loss, whose graph is still there.
+        loss: Their loss.
+        gradient: ∂loss/∂z, [N, ...], with a graph of its own, at ``places_of`` z.
         lower_bound: As of ``backward``.
         process_group: As of ``backward``.
-
-    Attributes:
-        gradient: ∂loss/∂z, [N, ...], with a graph of its own.
     """
 
     def __init__(
@@ -204,6 +201,7 @@ class Line:
         model: HBPModule,
         outputs: Tensor,
         loss: Tensor,
+        gradient: Tensor,
         lower_bound: float | None,
         process_group: Any,
     ) -> None:
@@ -213,12 +211,7 @@ class Line:
         self.process_group = process_group
         layers = [m for m in model.modules() if "last_record" in vars(m)]
         self._records: dict[Any, Any] = {m: m.last_record for m in layers}
-        narrow = is_narrow(outputs.dtype)
-        self._places = (casts(loss, outputs) if narrow else None) or [outputs]
-        with torch.enable_grad():
-            gradient = derivative(loss, self._places)
-        assert gradient is not None  # The output Hessian would have been refused.
-        self.gradient = gradient
+        self._places, self._gradient = places_of(loss, outputs), gradient
 
     def measure(self, moves: Moves) -> Tensor:
         """dᵀGd and the loss, [2], in float64; the means over processes."""
@@ -238,7 +231,7 @@ class Line:
     def curvature(self, moves: Moves) -> Tensor:
         """dᵀGd, eq-length, a scalar tensor."""
         u = tangent(self._model(), None, moves)
-        if u is None or not self.gradient.requires_grad:
+        if u is None or not self._gradient.requires_grad:
             return self.loss.new_zeros(())
         u = u.view(self.outputs.shape)
         # Within the range of half precision, if the gradient is in it.
@@ -246,9 +239,9 @@ class Line:
         unit = largest.clamp(min=torch.finfo(u.dtype).tiny)
         with torch.enable_grad():
             found = torch.autograd.grad(
-                self.gradient,
+                self._gradient,
                 self._places,
-                (u / unit).to(self.gradient.dtype),
+                (u / unit).to(self._gradient.dtype),
                 retain_graph=True,
                 allow_unused=True,
             )

@@ -19,23 +19,24 @@ from hbp.core.operators import require_room
 
 @wraps(core.batch_summed_hessian)
 def batch_summed_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
-    return _explained(core.batch_summed_hessian, loss, outputs)
+    return watching(outputs, *hessian_and_gradient(loss, outputs, each=False))
 
 
 @wraps(core.per_sample_hessian)
 def per_sample_hessian(loss: Tensor, outputs: Tensor) -> Tensor:  # noqa: D103  # wraps.
-    return _explained(core.per_sample_hessian, loss, outputs)
+    return watching(outputs, *hessian_and_gradient(loss, outputs, each=True))
 
 
-def _explained(rule: Callable[..., Tensor], loss: Tensor, outputs: Tensor) -> Tensor:
-    half = isinstance(outputs, Tensor) and is_narrow(outputs.dtype)
-    places = casts(loss, outputs) if half else None
+def hessian_and_gradient(
+    loss: Tensor, outputs: Tensor, each: bool
+) -> tuple[Tensor, Tensor]:
+    """As the core's, at ``places_of`` the outputs."""
     with _torch_explained():
-        hessian = rule(loss, outputs, places)
-        return watching(hessian, outputs, core.derivative(loss, places or [outputs]))
+        places = places_of(loss, outputs)
+        return core.hessian_and_gradient(loss, outputs, places, each)
 
 
-def watching(hessian: Tensor, outputs: Tensor, gradient: Tensor | None) -> Tensor:
+def watching(outputs: Tensor, hessian: Tensor, gradient: Tensor) -> Tensor:
     """The same matrix, which learns what is sent backward with it.
 
     The Hessian of a loss and the gradient of 7 times that loss would make a step 7
@@ -44,12 +45,12 @@ def watching(hessian: Tensor, outputs: Tensor, gradient: Tensor | None) -> Tenso
     gradient is sent; ``backward_hessian`` compares it with its ``loss_scale``.
 
     Args:
-        hessian: [C, C] or [N, C, C].
         outputs: z, [N, ...].
+        hessian: [C, C] or [N, C, C].
         gradient: ∂loss/∂z, [N, ...].
     """
     # A leaf would keep the hook for ever, and two numbers are always parallel.
-    if outputs.is_leaf or gradient is None or outputs.numel() == 1:
+    if outputs.is_leaf or outputs.numel() == 1:
         return hessian
     own, scale = gradient.detach().flatten(), hessian.new_full((), math.nan)
 
@@ -94,6 +95,12 @@ def _torch_explained() -> Iterator[None]:
             "the loss in functions that it can, or give backward_hessian() a matrix of "
             "your own: zeros, if the loss is linear piece by piece."
         ) from error
+
+
+def places_of(loss: Tensor, outputs: Tensor) -> Places:
+    """Where to differentiate a loss, in place of the outputs, to keep all digits."""
+    half = isinstance(outputs, Tensor) and is_narrow(outputs.dtype)
+    return (casts(loss, outputs) if half else None) or [outputs]
 
 
 def casts(loss: Tensor, outputs: Tensor) -> Places | None:
@@ -171,15 +178,17 @@ def output_hessian(
     if formula is None or broadcast or z.dim() < 2 or not scalar:
         with torch.enable_grad():
             loss = loss_func(z.requires_grad_(), wide)
-            hessian = batch_summed_hessian(loss, z)
-            return watching(hessian, outputs, core.derivative(loss, [z]))
+            return watching(outputs, *hessian_and_gradient(loss, z, each=False))
     require_room((z[0].numel(),) * 2, z.dtype, "Pass an operator, as MatrixFree(...)")
-    with torch.enable_grad():  # The loss knows best which targets it takes.
-        loss = loss_func(taken[0].requires_grad_(), taken[1])
-        (gradient,) = torch.autograd.grad(loss, taken[0])
     with torch.no_grad():
+        loss_func(*taken)  # It knows best which targets it takes.
         hessian = require_finite(formula(loss_func, z, wide))
-    return watching(hessian, outputs, gradient)
+    leaf, same = taken[0].requires_grad_(), taken[1]
+    if same.is_floating_point():  # torch 2.4 sends no gradient through a mixture.
+        same = same.to(leaf)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss_func(leaf, same), leaf)
+    return watching(outputs, hessian, gradient)
 
 
 def _is_narrow(value: object) -> bool:

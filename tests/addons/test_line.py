@@ -21,6 +21,7 @@ import hbp
 from hbp import CGNewton, HBPModule, convert
 from hbp.core import newton
 from hbp.line import Line, tangent
+from hbp.losses import hessian_and_gradient
 from hbp.operators import DenseOperator
 
 NETWORKS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
@@ -129,6 +130,11 @@ def test_tangent_of_some_parameters_only() -> None:
     torch.testing.assert_close(found.view(7, 3), move.expand(7, 3))
 
 
+def line_of(model: hbp.HBPModule, outputs: Tensor, loss: Tensor) -> Line:
+    _, gradient = hessian_and_gradient(loss, outputs, each=False)
+    return Line(model, outputs, loss, gradient, 0.0, None)
+
+
 @pytest.mark.parametrize("loss_name", LOSSES)
 @pytest.mark.parametrize("network", ["dense", "convolutions", "residual"])
 def test_curvature_is_that_of_the_gauss_newton_matrix(
@@ -137,7 +143,7 @@ def test_curvature_is_that_of_the_gauss_newton_matrix(
     model, x, y = prepared(network)
     outputs = model(x)
     loss = LOSSES[loss_name](outputs, y)
-    line, moves = Line(model, outputs, loss, 0.0, None), moves_of(model)
+    line, moves = line_of(model, outputs, loss), moves_of(model)
     u = tangent(model, None, moves).view_as(outputs)
     H = torch.autograd.functional.hessian(
         lambda z: LOSSES[loss_name](z, y), outputs.detach()
@@ -368,7 +374,7 @@ def test_groups_have_factors_of_their_own() -> None:
             moves[q] = (p - b) / info.length
             q.copy_(b)
     outputs = twin(x)
-    line = Line(twin, outputs, F.cross_entropy(outputs, y), 0.0, None)
+    line = line_of(twin, outputs, F.cross_entropy(outputs, y))
     assert line.curvature(moves).item() == pytest.approx(info.curvature, rel=1e-9)
 
 

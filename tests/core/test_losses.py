@@ -309,9 +309,8 @@ def test_every_mixture_of_types(
         }[loss],
         torch.promote_types(of_outputs, torch.float32),
     )
-    twin = z.clone().requires_grad_()
-    try:  # torch 2.4 does not send a gradient through some.
-        torch.autograd.grad(wide(weight)(twin, t), twin)
+    try:
+        wide(weight)(z, t)
     except RuntimeError:
         pytest.skip("torch's loss refuses this mixture")
     exact = z.double().requires_grad_()

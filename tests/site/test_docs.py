@@ -213,7 +213,7 @@ class TestNotebookHook:
             new_markdown_cell("# T"), install, imports, words, code("3")
         )
         fold = page[page.index("/// details") : page.index("\n///\n")]
-        assert fold.startswith("/// details | Code of the setup\n    type: code\n")
+        assert fold.startswith("/// details | Code of the setup\n    type: setup\n")
         assert "HBP_INSTALL" in fold
         assert "import torch" in fold
         assert "```python\n3\n```" in page.partition("Now.")[2]

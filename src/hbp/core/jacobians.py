@@ -298,9 +298,8 @@ class Selection(Jacobian):
 
     def _picks(self) -> Tensor:
         """The index among the features of all samples, [samples · z, picks]."""
-        starts = torch.arange(self.samples, device=self.data.device)
-        starts = starts.view(-1, 1, 1) * self.in_shape.numel()
-        return (self.data + starts).flatten(0, 1)
+        starts = torch.arange(self.samples, device=self.data.device).view(-1, 1, 1)
+        return (self.data + starts * self.in_shape.numel()).flatten(0, 1)
 
     def jvp(self, rows: Tensor) -> Tensor:
         return (rows[:, self._picks()] * self._weight).sum(2)

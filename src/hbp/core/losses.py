@@ -50,7 +50,7 @@ def batch_summed_hessian(loss: Tensor, outputs: Tensor, at: At = None) -> Tensor
         MemoryError: the matrix would need more than ``hbp.set_dense_limit`` allows.
         ArithmeticError: the loss or the Hessian has NaN or infinity.
     """
-    return _hessian(loss, outputs, at, each=False)[0]
+    return hessian_and_gradient(loss, outputs, at, each=False)[0]
 
 
 def per_sample_hessian(loss: Tensor, outputs: Tensor, at: At = None) -> Tensor:
@@ -62,13 +62,15 @@ def per_sample_hessian(loss: Tensor, outputs: Tensor, at: At = None) -> Tensor:
     Returns:
         ∂²loss/∂z_n∂z_nᵀ, [N, C, C]. Of a mean loss each carries the 1/N.
     """
-    return _hessian(loss, outputs, at, each=True)
+    return hessian_and_gradient(loss, outputs, at, each=True)[0]
 
 
 @torch.enable_grad()
 @full_precision()
-def _hessian(loss: Tensor, outputs: Tensor, at: At, each: bool) -> Tensor:
-    """Every sample's Hessian, [N, C, C], or their sum, [1, C, C]."""
+def hessian_and_gradient(
+    loss: Tensor, outputs: Tensor, at: At, each: bool
+) -> tuple[Tensor, Tensor]:
+    """Every sample's Hessian, or their sum, and ∂loss/∂z with a graph of its own."""
     _check_loss(loss, outputs)
     count, features = len(outputs), outputs[0].numel()
     dtype = torch.promote_types(outputs.dtype, torch.float32)
@@ -81,7 +83,7 @@ def _hessian(loss: Tensor, outputs: Tensor, at: At, each: bool) -> Tensor:
             "loss does not depend on outputs. Pass the very tensor that loss_func got."
         )
     if not gradient.requires_grad:  # A loss that is linear in the outputs.
-        return hessian
+        return hessian if each else hessian[0], gradient
     # Row c is ∂(Σ_m ∂loss/∂z_mc)/∂z_n: samples do not mix, so the inner sum only
     # collects what belongs to sample n. On its way a row has some 8 images: with them
     # counted, 256 samples of 784 outputs take 41 MiB instead of 193, and less time.
@@ -94,8 +96,9 @@ def _hessian(loss: Tensor, outputs: Tensor, at: At, each: bool) -> Tensor:
         start, end = end, end + len(some)
         part = rows.detach().to(dtype).reshape(-1, count, features)
         hessian[:, start:end] = part.transpose(0, 1) if each else part.sum(1)
-    narrow = is_narrow(gradient.dtype)  # Its roundings are not symmetric.
-    return require_finite((hessian + hessian.mT) / 2 if narrow else hessian)
+    if is_narrow(gradient.dtype):  # Its roundings are not symmetric.
+        hessian = (hessian + hessian.mT) / 2
+    return require_finite(hessian if each else hessian[0]), gradient
 
 
 def derivative(of: Tensor, places: Places, *seeds: Tensor) -> Tensor | None:
