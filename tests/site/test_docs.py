@@ -21,7 +21,8 @@ import hbp
 REPOSITORY = "https://github.com/somebody/hbp"  # for instance
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 TOO_HEAVY = {"03_what_hbp_sees", "04_write_your_own_layer"}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted([*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])]
 EXAMPLES = [
     pytest.param(code, id=f"{page.name}-{number}")
     for page in PAGES
@@ -112,7 +113,7 @@ def test_site_has_the_tutorials(site: Path, name: str) -> None:
 
 def test_site_documents_every_public_name(site: Path) -> None:
     """In an entry of its own, or among the layers of a rule."""
-    html = (site / "api/index.html").read_text("utf-8")
+    html = "".join(page.read_text("utf-8") for page in site.glob("api/*/index.html"))
     anchors = {name.split(".")[-1] for name in re.findall(r'id="(hbp\.[\w.]+)"', html)}
     listed = set(re.findall(r"<code>(HBP[A-Za-z]\w+)</code>", html))
     public = [
@@ -128,8 +129,18 @@ def test_site_documents_every_public_name(site: Path) -> None:
 
 def test_site_shows_no_markup_of_another_language(site: Path) -> None:
     """Docstrings are Markdown here; a Sphinx role would be shown as it is typed."""
-    html = (site / "api" / "index.html").read_text("utf-8")
-    assert re.findall(r":(?:class|func|meth|mod|attr|math):|::</p>", html) == []
+    pages = [page.read_text("utf-8") for page in site.glob("api/*/index.html")]
+    assert pages
+    for html in pages:
+        assert re.findall(r":(?:class|func|meth|mod|attr|math):|::</p>", html) == []
+
+
+def test_what_is_returned_has_one_row(site: Path) -> None:
+    """Unless told otherwise, the docstrings' reader takes each line for a value."""
+    html = "".join(page.read_text("utf-8") for page in site.glob("api/*/index.html"))
+    tables = re.findall(r"Returns:.*?</table>", html, re.S)
+    assert len(tables) > 20
+    assert {table.count('class="doc-section-item"') for table in tables} == {1}
 
 
 def test_site_asks_no_other_host(site: Path) -> None:
@@ -190,9 +201,9 @@ class TestNotebookHook:
         assert figures == {name: b"<svg/>"}
 
     def test_links_are_those_of_the_site(self) -> None:
-        links = "[a](02_b.ipynb#c) [d](../docs/api.md#e) [f](https://arxiv.org)"
+        links = "[a](02_b.ipynb#c) [d](../docs/api/b.md#e) [f](https://arxiv.org)"
         page, _ = self.render(new_markdown_cell(links))
-        assert page == "[a](02_b.md#c) [d](../api.md#e) [f](https://arxiv.org)\n"
+        assert page == "[a](02_b.md#c) [d](../api/b.md#e) [f](https://arxiv.org)\n"
 
     def test_neighbouring_solutions_share_a_fold(self) -> None:
         words = new_markdown_cell("Because.", metadata={"tags": ["solution"]})
