@@ -20,7 +20,7 @@ import hbp
 
 REPOSITORY = "https://github.com/somebody/hbp"  # for instance
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
-TOO_HEAVY = {"03_what_hbp_sees", "04_write_your_own_layer"}
+TOO_HEAVY = {"03a_what_averaging_costs", "04_write_your_own_layer"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = [
     pytest.param(code, id=f"{page.name}-{number}")
