@@ -111,7 +111,7 @@ def with_log_axis(drawing, ticks):
 #
 # Everything is made from a seed: three clouds of points in eight
 # dimensions, one for each class. We use float64, to tell round-off
-# from a real difference.
+# from a real difference between matrices.
 
 # %%
 centers = 2 * torch.rand(3, 8).double()

@@ -351,10 +351,11 @@ for title, block in weight_block.items():
     )
 
 # %% [markdown]
-# A lot. So far from the output, the second-order terms are most of
-# what there is. The GGN forgets them, and sees little curvature, so
-# its steps are long. The PCHs keep their size, as caution: theirs are
-# shorter, those of `"abs"` the shortest. And since
+# They are far off, because at the first layer the second-order terms
+# are most of what there is. The GGN forgets them, and sees little
+# curvature, so its steps are long. The PCHs keep their size, as
+# caution: their steps are shorter, those of `"abs"` the shortest. And
+# since
 # $\max(r, 0) = \tfrac12 (r + |r|)$, `"clip"` is just the midpoint
 # between the Hessian and `"abs"`.
 
