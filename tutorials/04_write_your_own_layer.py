@@ -12,7 +12,7 @@
 # %% [markdown]
 # # Write your own layer
 #
-# [The second tutorial](02_sequential_cifar10.ipynb) sent curvature
+# [The CIFAR-10 tutorial](02_sequential_cifar10.ipynb) sent curvature
 # through linear layers and sigmoids. Your network may hold something
 # else, something that nobody has thought of yet. This tutorial shows
 # how to teach it to `hbp`.
