@@ -5,20 +5,21 @@ N rows. The core finds an orthonormal basis of their span and projects the gradi
 it. But the gradient of the very batch is δᵀX, so its coordinates are known: eq-rows.
 Whether a gradient is one is asked of one random vector (Freivalds 1977).
 
-*Direct solves in the narrower layer.* JᵀHJ + R with a small H is solved in the size of
-H by Woodbury's identity, eq-woodbury.
+*Direct solves in a narrower layer.* JᵀHJ + R with a small H is solved in the size of H
+by Woodbury's identity, eq-woodbury. Without second-order terms that is the output's.
 
 Both join the core through the ``Batch`` that ``backward_hessian`` asks by default.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from hbp.core.jacobians import Batch, Diagonal, Jacobian, as_batch
+from hbp.core.jacobians import Batch, Jacobian, as_batch
 from hbp.core.operators import (
     Congruence,
     DiagonalOperator,
@@ -112,7 +113,7 @@ class NarrowCongruence(Congruence):
     def solve_damped(
         self, rows: Tensor, weight: float | Tensor, shift: float
     ) -> tuple[Tensor, Tensor]:
-        """Woodbury's identity, eq-woodbury: the layer above is at most half as wide.
+        """Woodbury's identity, eq-woodbury: a layer above is at most half as wide.
 
         With D = weight · R + shift · I and G = weight · H,
 
@@ -120,7 +121,7 @@ class NarrowCongruence(Congruence):
 
         a system of the size of H. It needs D to be well away from 0, so R ≥ 0.
         """
-        narrow = self._narrow_factors() if shift > 0 else None
+        narrow = self._narrow_factors if shift > 0 else None
         if narrow is None:
             return super().solve_damped(rows, weight, shift)
         outer, J = narrow
@@ -134,22 +135,26 @@ class NarrowCongruence(Congruence):
         u = torch.linalg.lu_solve(factors, pivots, G @ (scaled @ rows.T))
         return (rows - u.T @ J) / D, regularity(factors.diagonal(), shift)
 
+    @cached_property
     def _narrow_factors(self) -> tuple[SymmetricOperator, Tensor] | None:
-        """H and a dense J, [z, x], with 2z ≤ x and A = JᵀHJ + R for R ≥ 0, or None."""
-        outer, jacobian, term = self.outer, self.jacobian, self.term
-        if not (term is None or getattr(term, "nonnegative", False)):
+        """H and a dense J, [z, x], with 2z ≤ x and A = JᵀHJ + R for R ≥ 0, or None.
+
+        JᵀHJ has no more rank than the matrix at the output, as long as no second-order
+        term has joined on the way. Then H is that matrix, and J goes all the way.
+        """
+        outer, jacobian, W = self.outer, self.jacobian, self.jacobian.matrix
+        if not (self.term is None or getattr(self.term, "nonnegative", False)):
             return None
-        if jacobian.matrix is not None:
-            wide = 2 * outer.shape[0] > self.shape[0]
-            return None if wide else (outer, jacobian.matrix)
-        if (
-            isinstance(jacobian, Diagonal)
-            and isinstance(outer, NarrowCongruence)
-            and outer.term is None
-        ):
-            factors = outer._narrow_factors()
-            return factors and (factors[0], jacobian.jvp(factors[1]))
-        return None
+        above = None
+        if isinstance(outer, NarrowCongruence) and outer.term is None:
+            above = outer._narrow_factors
+        if above:
+            found = above[0], jacobian.vjp(above[1])
+        elif W is not None and len(W) == outer.shape[0]:  # one virtual sample
+            found = outer, W
+        else:
+            return None
+        return found if 2 * len(found[1]) <= self.shape[0] else None
 
 
 class FastBatch(Batch):

@@ -39,6 +39,10 @@ from hbp.losses import hessian_and_gradient, places_of
 DAMPING: Final = 0.1
 """α where none is given."""
 
+NO_DIGITS: Final = torch.finfo(torch.float32).eps
+"""A slope that a loss at its bound does not show: softmax cross-entropy is the
+difference of numbers of order 1, and is exactly 0 where they agree to all digits."""
+
 Moves = Mapping[Tensor, Tensor]
 """By how much each parameter moves."""
 
@@ -551,9 +555,10 @@ def _warn_of_a_promise(steps: Sequence[newton._Step]) -> bool:
 
 def _length(slope: float, curvature: float, room: float) -> float:
     """How far to go: to the minimum, or as far as ``room`` above the bound allows."""
-    if slope <= 0:
-        return 0.0
     minimum = slope / curvature if curvature > 0 else math.inf
+    # A loss of 0 has no digits for so little, and the curvature is round-off.
+    if slope <= 0 or (room == 0 and minimum == math.inf and slope < NO_DIGITS):
+        return 0.0
     if room <= 0 or room == math.inf:
         return minimum
     # The smaller root of s·slope - ½s²·curvature = room, without cancellation.

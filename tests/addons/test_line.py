@@ -417,6 +417,21 @@ def test_a_loss_without_curvature_goes_as_far_as_its_bound_allows() -> None:
         assert torch.equal(p, b)
 
 
+@pytest.mark.parametrize("gap", [16, 17, 18, 20, 25, 33, 41, 50, 60])
+def test_a_loss_of_zero_ends_no_training(gap: float) -> None:
+    """Softmax rounds it to 0 while there is a gradient, and curvature of any sign."""
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 4)))
+    x, y = torch.randn(20, 4), torch.zeros(20, dtype=torch.long)
+    with torch.no_grad():
+        model.get_parameter("2.bias")[0] += gap
+    optimizer = CGNewton(model.parameters(), cg_atol=0.0)
+    for _ in range(3):
+        loss = one_step(optimizer, model, x, y)
+        assert 0 <= loss < 1e-5
+    assert gap == 16 or loss == 0
+
+
 def test_without_the_loss_there_is_no_length() -> None:
     model, x, y = prepared()
     outputs = model(x)

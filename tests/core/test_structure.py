@@ -5,6 +5,7 @@ Everything against a dense matrix in float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -105,6 +106,48 @@ def test_solves_through_the_narrow_layer(
     # Measured: 0.5 · condition · eps at most, and 2 eps where the condition is near 1.
     condition = float(torch.linalg.cond(damped))
     assert relative_error(found, expected) <= (condition + 5) * torch.finfo(dtype).eps
+
+
+@ALPHAS
+@BOTH
+def test_without_second_order_terms_a_solve_goes_through_the_output(
+    factored: list[int], dtype: torch.dtype, alpha: float
+) -> None:
+    """The rank of JᵀHJ is that of the 3 × 3 matrix at the top, four layers above."""
+    H, sizes = softmax_curvature(3).to(dtype), (3, 7, 12, 30)
+    operator, J = through(Matrix(torch.eye(3, dtype=dtype), 1), DenseOperator(H)), None
+    for rows, columns in itertools.pairwise(sizes):
+        W, d = randn(rows, columns, dtype=dtype) / 2, torch.rand(columns).to(dtype)
+        operator = through(Diagonal(d[None]), through(Matrix(W, 1), operator))
+        J = W.double() * d.double() if J is None else J @ W.double() * d.double()
+    assert J is not None
+    damped = (1 - alpha) * J.T @ H.double() @ J + alpha * torch.eye(30).double()
+    b = randn(2, 30, dtype=dtype)
+    found, margin = operator.solve_damped(b, 1 - alpha, alpha)
+    assert factored == [3]
+    assert margin > 1
+    condition = float(torch.linalg.cond(damped))
+    expected = torch.linalg.solve(damped, b.T.double()).T
+    assert relative_error(found, expected) <= (condition + 5) * torch.finfo(dtype).eps
+
+
+def test_a_second_order_term_ends_the_way_to_the_output(factored: list[int]) -> None:
+    """Its rank is full; only what has joined above the solve's own layer counts."""
+    H, terms = DenseOperator(softmax_curvature(3)), [torch.rand(8).double(), None]
+    operator, dense = H, H.matrix
+    for rows, columns, r in zip((3, 8), (8, 20), terms, strict=True):
+        W = randn(rows, columns)
+        operator = through(
+            Diagonal(torch.ones(1, columns).double()),
+            through(Matrix(W, 1), operator),
+            r,
+        )
+        dense = W.T @ dense @ W + (0 if r is None else torch.diag(r))
+    b = randn(1, 20)
+    found, _ = operator.solve_damped(b, 0.9, 0.1)
+    assert factored == [8]
+    damped = 0.9 * dense + 0.1 * torch.eye(20).double()
+    close(found, torch.linalg.solve(damped, b.T).T)
 
 
 def test_narrow_solves_are_no_less_accurate_than_dense_ones() -> None:
@@ -240,7 +283,8 @@ def test_a_network_solves_through_its_narrow_layers(
     factored.clear()
     hbp.CGNewton(model.parameters(), 1.0, alpha, solver="direct").step()
     own, through = [20, 20, 8, 8, 3, 3], [8, 8, 3, 3, 3, 3]
-    assert factored == (own if treatment in (None, "none") else through)
+    ways = {None: own, "none": own, "zero": [3] * 6}
+    assert factored == ways.get(treatment, through)
     for p, old, d in zip(model.parameters(), before, expected, strict=True):
         close((p - old).flatten(), d, rtol=1e-8, atol=1e-9)
 
