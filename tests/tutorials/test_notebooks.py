@@ -23,7 +23,12 @@ TUTORIALS = ROOT / "tutorials"
 SCRIPTS = sorted(TUTORIALS.glob("[0-9]*.py"))
 LINE_LENGTH = 70  # the width of a code column on the site
 KNOWN_TAGS = {"nbval-ignore-output", "solution"}
-WITH_EXERCISES = ["03_what_hbp_sees", "04_write_your_own_layer", "05_convolutional"]
+WITH_EXERCISES = [
+    "02_sequential_cifar10",
+    "03_what_hbp_sees",
+    "04_write_your_own_layer",
+    "05_convolutional",
+]
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem)
