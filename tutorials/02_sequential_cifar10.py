@@ -333,14 +333,9 @@ for layer in fresh:
 # Only now do the weights move.
 optimizer = newton(fresh)
 optimizer.step()
-lengths = [
-    optimizer.last_step[layer.weight].step_norm
-    for layer in fresh
-    if isinstance(layer, HBPLinear)
-]
 shares = [
-    length * alpha / norm
-    for length, norm in zip(lengths, gradients, strict=True)
+    optimizer.last_step[fresh[k].weight].step_norm * alpha / norm
+    for k, norm in zip([1, 3, 5, 7, 9], gradients, strict=True)
 ]
 
 # %% alt="Four panels against the layers, 1 to 5. The norm of the gradient, as a power of ten, rises from layer to layer. So does the largest eigenvalue of the block, which is below the line of alpha in the first layers and far above it in the last two. The share of the longest step falls from nearly 1 to nearly 0. The share of the squared gradient along the mean input is large in the first layer, and almost 1 in all others." tags=["nbval-ignore-output"]
@@ -363,7 +358,12 @@ curves(
             {"α": log10(alpha)},
         ),
         panel("share of the longest step", "step", shares),
-        panel("share of g² along the mean input", "gradient", along),
+        panel(
+            "share of g² along the mean input",
+            "gradient",
+            along,
+            {"nothing": 0.0},
+        ),
     ]
 )
 
@@ -419,7 +419,9 @@ print("Without the part along the mean input, it does not.")
 # ones, and nobody had to choose it.
 #
 # How much of this is curvature? What is held back is a single
-# direction, that of the mean input $\bar x$. It would vanish if the
+# direction, that of the mean input $\bar x$. In the last layer nearly
+# all of the gradient points there, so that hardly anything is left
+# without it, and the loss stays. The direction would vanish if the
 # inputs of a layer were *centred*, that is, if their mean were taken
 # off. A good part of what the curvature does here is therefore
 # centring, which can be had without curvature:
