@@ -69,22 +69,30 @@ def tutorial_02() -> dict[str, Any]:
     names: dict[str, Any] = {
         "num_epochs": 2,
         "batch_size": 5,
+        "apart": 3,
         "train_set": images_and_labels(40, seed=1),
         "test_set": images_and_labels(20, seed=2),
         "loss_func": nn.CrossEntropyLoss(),
     }
-    run_cells("02", ["import copy", "def newton_step", "def train("], names)
+    marks = ["import copy", "def newton_step", "class Row", "def train("]
+    run_cells("02", marks, names)
     names["device"] = torch.device("cpu")
     return names
+
+
+def columns(rows: list[Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """A table of the tutorial, by columns; each row has all fields."""
+    assert all(row._fields == fields for row in rows)
+    return {name: [getattr(row, name) for row in rows] for name in fields}
 
 
 def train_02(names: dict[str, Any]) -> dict[str, Any]:
     """Train a fresh network by the tutorial's own loop; what came of it."""
     model = tiny_network()
     optimizer = hbp.CGNewton(model.parameters(), lr=0.3, alpha=0.1)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    step = names["newton_step"](model, optimizer)
-    batches, tests = names["train"](model, step, 3, schedule=schedule)
+    tables = names["train"](model, names["newton_step"](model, optimizer))
+    fields = names["Row"]._fields
+    batches, tests = (columns(table, fields) for table in tables)
     return {"batches": batches, "tests": tests}
 
 
@@ -175,14 +183,14 @@ class Interruption:
 
 def plot_02(names: dict[str, Any], outcome: dict[str, Any]) -> None:
     """Run the cells that draw, some with what there is and some with nothing."""
-    logs = outcome["batches"], outcome["tests"]
-    nothing = tuple({key: [] for key in log} for log in logs)
-    names["hbp_batches"], names["hbp_tests"] = logs
-    names["sgd_batches"], names["sgd_tests"] = nothing
-    names["adam_batches"], names["adam_tests"] = logs
-    names["fast_batches"], names["fast_tests"] = logs
-    marks = ['epochs = hbp_batches["epochs"]', "runs = {", "def last_epochs", "pair = "]
-    run_cells("02", marks, names)
+    batches, tests = (
+        [names["Row"](*row) for row in zip(*table.values(), strict=True)]
+        for table in (outcome["batches"], outcome["tests"])
+    )
+    names["hbp_batches"], names["hbp_tests"] = batches, tests
+    names["sgd_batches"], names["sgd_tests"] = [], []
+    names["adam_batches"], names["adam_tests"] = batches, tests
+    run_cells("02", ["batch_rows = {", "def final("], names)
 
 
 def plot_06(names: dict[str, Any], outcome: dict[str, Any]) -> None:
@@ -223,17 +231,17 @@ def test_interrupted_at_any_line(name: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_the_signal_of_ctrl_c_is_caught() -> None:
     names = tutorial_02()
-    accuracy_on = names["accuracy_on"]
+    test_scores = names["test_scores"]
 
-    def interrupted(*arguments: Any) -> float:
+    def interrupted(*arguments: Any) -> tuple[float, float]:
         signal.raise_signal(signal.SIGINT)
-        return accuracy_on(*arguments)
+        return test_scores(*arguments)
 
-    names["accuracy_on"] = interrupted
+    names["test_scores"] = interrupted
     # A shell starts what is to run in the background with this signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert rows(train_02(names)) == {"batches": 1, "tests": 0}
+        assert rows(train_02(names)) == {"batches": 3, "tests": 0}
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -24,6 +24,8 @@ SCRIPTS = sorted(TUTORIALS.glob("[0-9]*.py"))
 LINE_LENGTH = 70  # the width of a code column on the site
 KNOWN_TAGS = {"nbval-ignore-output", "solution"}
 WITH_EXERCISES = [
+    "01_single",
+    "02_sequential_cifar10",
     "03a_what",
     "03b_negative",
     "04_write_your_own_layer",
