@@ -362,8 +362,11 @@ assert (spectrum(first_filter["exact"]) > alpha).sum() >= 2
 assert spectrum(first_filter["averaged"]).max() < alpha / 2
 print("First filter: only exact eigenvalues are larger than α.")
 
-for block in last_weight.values():
-    assert (spectrum(block) > alpha).sum() == 9
+# %%
+assert all(
+    (spectrum(block) > alpha).sum() == 9
+    for block in last_weight.values()
+)
 print("Last weight: nine are, exact or averaged.")
 
 # %% [markdown]
@@ -462,6 +465,7 @@ assert end("exact") < 2.2 < end("SGD")
 assert min(end("averaged"), end("SGD")) > end("exact") + 0.1
 print("Exact products are off the plateau, averages and SGD behind.")
 
+# %%
 assert seconds["exact"] > 2 * seconds["SGD"]
 print("A step of exact products takes over twice as long as SGD's.")
 
@@ -529,14 +533,17 @@ assert accuracies["exact"][0] > 0.2 > max(accuracies["SGD"][:40])
 print("After as many epochs, exact products are well ahead of all,")
 print("and SGD needs more than forty to leave the plateau.")
 
+# %%
 best = max(accuracies["exact"])
 assert epoch_seconds["exact"] > 8 * epoch_seconds["Adam"]
 assert seconds_to("Adam", best) < seconds_to("exact", best) / 2
 print("By the clock, Adam is more than twice as fast.")
 
+# %%
 assert best > max(accuracies["averaged"])
 print("Averaged products do not get as far as exact ones.")
 
+# %%
 blown_up = [
     row["train_loss"][-1] > 100
     for row in record["grid"]
