@@ -33,13 +33,20 @@ ALPHAS = [float(f"{10 ** (-i / 10):.2g}") for i in range(41)]
 # range of H have four dimensions, and CG is done after four iterations.
 ITERATIONS = [1, 2, 3, 4]
 SHOWN_ALPHA, SHOWN_ITERATIONS = 0.1, 4
+SEED = 17  # A start from which the undamped step ends higher than it began.
+PRESETS = {
+    "gradient step": (1.0, 1),
+    "well damped": (0.1, 4),
+    "hardly damped": (1e-4, 4),
+    "one iteration": (1e-4, 1),
+}
 
 WIDTH, HEIGHT = 480, 400  # of the map, in units that are pixels on a wide screen
-LEFT, BOTTOM, SCALE = 46, 318, 55.0  # the start, and pixels to one unit of weight
-LEVELS = [0.23, 0.26, 0.32, 0.42, 0.6, 0.85, 1.2, 1.6, 2.1, 2.7]
-MODEL_LEVELS = [1.0, 0.0, -0.5]  # besides that of the start
+LEFT, BOTTOM, SCALE = 46, 318, 34.0  # the start, and pixels to one unit of weight
+LEVELS = [0.23, 0.28, 0.4, 0.6, 1.0, 1.77, 2.4]
+MODEL_LEVELS = [0.0, -1.0, -2.0]  # besides that of the start
 CHART_HEIGHT, EDGE = 190, 12
-LOWEST, HIGHEST = -1.2, 2.3  # of the chart's losses
+LOWEST, HIGHEST = -3.2, 2.6  # of the chart's losses
 
 
 class Step(NamedTuple):
@@ -62,7 +69,7 @@ class Slice:
     """The loss around the start, all steps, and the plane.
 
     Args:
-        seed: Of the start. The figure shows 0.
+        seed: Of the start.
 
     Attributes:
         inputs: Two principal components of each image, [537, 2].
@@ -75,7 +82,7 @@ class Slice:
         steps: By α and the number of iterations.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = SEED) -> None:
         self.inputs, self.labels = digits()
         self._seed = seed
         model = network(seed)
@@ -276,7 +283,7 @@ def ellipses(slice_: Slice) -> list[str]:
         points = centre + (vectors @ (radii[:, None] * circle)).T
         labels += label_at(points, 14, level, "level model")
     cross = f'<path class="model solid" d="M{x - 6:.1f} {y:.1f}h12m-6-6v12"/>'
-    name = text((x + 12, y - 14), "the model’s minimum", "model")
+    name = text((x - 26, y - 16), "the model’s minimum", "model")
     return [*curves, cross, *labels, name]
 
 
@@ -300,7 +307,7 @@ def draw_map(slice_: Slice) -> str:
     start = place(torch.zeros(2))
     x, y = tip(SHOWN_ALPHA, SHOWN_ITERATIONS)
     iterates = [start, *(tip(SHOWN_ALPHA, k) for k in ITERATIONS[:SHOWN_ITERATIONS])]
-    for alpha, dx, dy in [(1.0, 2, 22), (0.1, 30, 18), (0.01, 36, 8), (1e-4, -46, 12)]:
+    for alpha, dx, dy in [(1.0, 14, -12), (0.1, 36, 18), (0.01, 40, 8), (1e-4, -58, 4)]:
         x_, y_ = tip(alpha, ITERATIONS[-1])
         parts.append(f'<circle class="tick" cx="{x_:.1f}" cy="{y_:.1f}" r="2.5"/>')
         parts.append(text((x_ + dx, y_ + dy), f"α = {alpha:g}"))
@@ -320,8 +327,8 @@ def draw_map(slice_: Slice) -> str:
         "A map of the loss. Its contours close around a lowest point on the right. "
         "From the start, on the left, an arrow shows the step. With damping 1 it is "
         "short and crosses the contours at right angles. With less damping its tip "
-        "follows a curve past the lowest point and up towards the middle of dashed "
-        "ellipses, the quadratic model."
+        "follows a curve past the lowest point and uphill, to the minimum of the "
+        "quadratic model, which dashed curves show."
     )
     return (
         f'<svg class="map" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -339,7 +346,7 @@ def draw_chart(slice_: Slice) -> str:
     zero, start = chart_place(1, 0)[1], chart_place(1, slice_.loss)[1]
     parts = [
         f'<path class="rule" d="M0 {zero:.1f}H{WIDTH}M0 {start:.1f}H{WIDTH}"/>',
-        text((EDGE, start - 6), f"loss at the start, {slice_.loss:.2f}"),
+        text((WIDTH - EDGE - 150, start - 6), f"loss at the start, {slice_.loss:.2f}"),
         text((WIDTH - EDGE - 9, zero - 6), "0"),
     ]
     for k in ITERATIONS:
@@ -358,12 +365,12 @@ def draw_chart(slice_: Slice) -> str:
         parts.append(f'<circle class="{kind} marker" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
     label = (
         "The loss after the step against the damping. From 1 down, the loss falls, is "
-        "lowest near 0.1, and rises again. The quadratic model keeps falling, to below "
-        "zero."
+        "lowest near 0.1, and rises again, to above that of the start. The quadratic "
+        "model keeps falling, to far below zero."
     )
     parts += [
-        text((130, 62), "loss after the step", "loss"),
-        text((130, CHART_HEIGHT - 7), "as the model predicts it", "model"),
+        text((60, 66), "loss after the step", "loss"),
+        text((105, CHART_HEIGHT - 30), "as the model predicts it", "model"),
     ]
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {CHART_HEIGHT}" role="img" '
@@ -441,6 +448,11 @@ def draw(slice_: Slice) -> str:
         f"{SHOWN_ITERATIONS}",
         "".join(f"<span>{k}</span>" for k in ITERATIONS),
     )
+    presets = "\n".join(
+        f'<button type="button" class="md-button" data-alpha="{ALPHAS.index(a)}" '
+        f'data-count="{k}">{words}</button>'
+        for words, (a, k) in PRESETS.items()
+    )
     when = f"At α = {SHOWN_ALPHA:g}, with {SHOWN_ITERATIONS} CG iterations:"
     return f"""<figure class="explorer" data-search-exclude>
 <link rel="stylesheet" href="../assets/explorer/explorer.css">
@@ -449,6 +461,9 @@ def draw(slice_: Slice) -> str:
 <div class="panel">
 {draw_chart(slice_)}
 <form class="controls" hidden>
+<div class="presets" role="group" aria-label="Some steps to look at">
+{presets}
+</div>
 {alpha}
 {iterations}
 <label class="check"><input type="checkbox" id="explorer-quadratic" checked>

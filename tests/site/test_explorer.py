@@ -153,10 +153,10 @@ def test_plane_holds_the_two_steps_and_nearly_all_of_the_others(shown: Any) -> N
         close((axes @ step) @ axes, step)
     steps = torch.stack([step.d for step in shown.steps.values()])
     flat = (steps @ axes.T) @ axes
-    assert (flat.norm(dim=1) / steps.norm(dim=1)).min() > 0.99
-    assert "At least 99 % of the length of every step lies in it" in PAGE
-    assert (shown.losses(flat) - shown.losses(steps)).abs().max() < 0.04
-    assert "differs from that of the step by 0.04 at most" in PAGE
+    assert (flat.norm(dim=1) / steps.norm(dim=1)).min() > 0.98
+    assert "At least 98 % of the length of every step lies in it" in PAGE
+    assert (shown.losses(flat) - shown.losses(steps)).abs().max() < 0.22
+    assert "differs from that of the step by 0.22 at most" in PAGE
 
 
 def test_contours_and_ellipses_lie_where_their_loss_is(shown: Any) -> None:
@@ -210,9 +210,11 @@ def test_page_on_alpha(shown: Any) -> None:
     says(f"at a length of {last.d.norm():.2f}. There the model")
     assert shown.loss - last.predicted < 0
     says(f"predicts a loss of −{last.predicted - shown.loss:.2f}, which no")
-    says(f"The loss is {loss_after(shown, WEAKEST, MOST):.2f}.")
-    says(f"{100 * last.actual / last.predicted:.0f} % is kept")
-    says(f"At α = 1 it was {100 * first.actual / first.predicted:.0f} %")
+    says(f"The loss is {loss_after(shown, WEAKEST, MOST):.2f}, higher than at the")
+    assert last.actual < 0
+    well = shown.steps[0.1, MOST]
+    says(f"At α = 0.1, {100 * well.actual / well.predicted:.0f} % of the promised fall")
+    says(f"at α = 1 it was {100 * first.actual / first.predicted:.0f} %")
 
 
 def test_page_on_iterations(shown: Any) -> None:
@@ -231,7 +233,9 @@ def test_page_on_iterations(shown: Any) -> None:
         - min(loss_after(shown, alpha, k) for alpha in tool.ALPHAS)
         for k in (1, MOST)
     }
-    assert lost[1] < 0.01 < 0.5 < lost[MOST]
+    assert 0.2 < lost[1] < 0.5 < 2 < lost[MOST]
+    best = min(tool.ALPHAS, key=lambda alpha: loss_after(shown, alpha, 1))
+    says(f"near α = {best:g} the loss ends at {loss_after(shown, best, 1):.2f}")
 
     def turn(alpha: float, iterations: int) -> float:
         d = shown.steps[alpha, iterations].d
@@ -249,7 +253,7 @@ def test_page_on_iterations(shown: Any) -> None:
 
 
 def test_page_on_another_start() -> None:
-    other = tool.Slice(seed=1)
+    other = tool.Slice(seed=0)
     one = loss_after(other, WEAKEST, 1)
     best = min(loss_after(other, alpha, MOST) for alpha in tool.ALPHAS)
     says(f"ends at a loss of {one:.2f}, and four")

@@ -21,8 +21,9 @@
     element.setAttribute(yName, y.toFixed(1));
   }
 
+  // With a minus that is as wide as a plus.
   function write(name, words) {
-    byName(name).textContent = words;
+    byName(name).textContent = words.replace("-", "−");
   }
 
   function show() {
@@ -62,6 +63,13 @@
   check.addEventListener("change", () => {
     figure.querySelector(".quadratic").toggleAttribute("hidden", !check.checked);
   });
+  for (const button of figure.querySelectorAll(".presets button")) {
+    button.addEventListener("click", () => {
+      alphaSlider.value = alphas.length - 1 - Number(button.dataset.alpha);
+      iterationsSlider.value = Number(button.dataset.count) - 1;
+      show();
+    });
+  }
   alphaSlider.addEventListener("input", show);
   iterationsSlider.addEventListener("input", show);
   figure.querySelector(".controls").hidden = false;

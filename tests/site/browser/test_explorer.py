@@ -70,11 +70,11 @@ def test_keys_move_the_step(figure: Page) -> None:
     assert weakest[1] < start[1]
     assert read(figure) == {
         "when": "At α = 0.0001, with 4 CG iterations:",
-        "length": "7.20",
+        "length": "12.14",
         "residual": "0 %",
-        "predicted": "2.64",
-        "actual": "1.08",
-        "kept": "41 %",
+        "predicted": "4.38",
+        "actual": "−0.48",
+        "kept": "−11 %",
     }
     figure.keyboard.press("End")
     assert slider.get_attribute("aria-valuetext") == "α = 1"
@@ -93,7 +93,7 @@ def test_keys_take_iterations_away(figure: Page) -> None:
     assert tip(figure) != solved
     figure.keyboard.press("Home")
     assert slider.get_attribute("aria-valuetext") == "1 CG iteration"
-    assert read(figure)["residual"] == "15 %"
+    assert read(figure)["residual"] == "42 %"
     # Along the gradient: to the right.
     start = figure.locator(".explorer .arrow").get_attribute("y1")
     assert tip(figure)[1] == float(start or "nan")
@@ -101,6 +101,27 @@ def test_keys_take_iterations_away(figure: Page) -> None:
     assert len(points.split()) == 2
     chosen = figure.locator(".explorer .chosen")
     assert {e.get_attribute("data-iterations") for e in chosen.all()} == {"1"}
+
+
+def test_buttons_show_steps_of_note(figure: Page) -> None:
+    buttons = figure.locator(".explorer .presets button")
+    assert buttons.count() == 4
+    told = []
+    for button in buttons.all():
+        button.focus()
+        figure.keyboard.press("Enter")
+        told.append(read(figure))
+        box = button.bounding_box()
+        assert box is not None
+        assert min(box["width"], box["height"]) >= 24
+    assert [row["when"] for row in told] == [
+        "At α = 1, with 1 CG iteration:",
+        "At α = 0.1, with 4 CG iterations:",
+        "At α = 0.0001, with 4 CG iterations:",
+        "At α = 0.0001, with 1 CG iteration:",
+    ]
+    assert figure.locator("#explorer-alpha").input_value() == "0"
+    assert [row["actual"][0] == "−" for row in told] == [False, False, True, False]
 
 
 def test_the_model_can_be_hidden(figure: Page) -> None:
