@@ -12,7 +12,10 @@ import pytest
 from helpers import ROOT, load
 from mkdocs.exceptions import PluginError
 
-PAGE = (ROOT / "docs" / "mathematics.md").read_text("utf-8")
+PAGE = "\n".join(
+    (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+    for name in ("mathematics", "solving")
+)
 CELL = re.compile(
     r'^\?\?\? example "Check it yourself"\n\n {4}```python\n(.*?)^ {4}```$', re.M | re.S
 )
