@@ -124,7 +124,7 @@
     byName("operation").textContent = name;
     byName("where").textContent = walkable
       ? `${frame + 1} of ${1 + 3 * last}: ${where}`
-      : "The steps are those of the averaged Jacobian.";
+      : "Steps back are shown for the averaged Jacobian only.";
     byName("largest").textContent = tell(matrix[0]);
   }
 
