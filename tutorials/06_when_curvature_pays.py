@@ -515,7 +515,7 @@ leads = [
     for ahead, behind in zip(
         more["E[xxᵀ]"]["train"],
         shallow_logs[name]["train"],
-        strict=True,
+        strict=False,
     )
 ]
 assert min(leads) > 0.02
