@@ -231,5 +231,5 @@ def test_the_figure_works_from_a_file(browser: Browser) -> None:
     page = context.new_page()
     page.goto((SITE / "explorer" / "index.html").as_uri())
     page.locator("#explorer-alpha").press("End")
-    assert read(page)["length"] == "0.89"
+    assert read(page)["length"] == "0.82"
     context.close()
