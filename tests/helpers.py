@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -55,6 +56,22 @@ def load(path: Path) -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def same_drawing(drawn: str, stored: str) -> None:
+    """The same text, and the same numbers up to one unit of their last digit.
+
+    Other machines sum in another order. That may turn a rounding, and no more: what is
+    computed in float64 for a drawing is known to 1e-9 or better.
+    """
+    assert NUMBER.sub("#", drawn) == NUMBER.sub("#", stored)
+    for new, old in zip(NUMBER.findall(drawn), NUMBER.findall(stored), strict=True):
+        digits = max(len(number.partition(".")[2]) for number in (new, old))
+        unit = 10**-digits if digits else 0
+        assert abs(float(new) - float(old)) < 1.5 * unit + 1e-12, (new, old)
 
 
 def close(actual: Any, expected: Any, what: str = "", **tolerance: float) -> None:

@@ -83,7 +83,7 @@ class Slice:
     """
 
     def __init__(self, seed: int = SEED) -> None:
-        self.inputs, self.labels = digits()
+        self.inputs, self.labels = digits(3, 2)
         self._seed = seed
         model = network(seed)
         self.start = model.weight.detach().clone()
@@ -190,15 +190,15 @@ class Slice:
         return centre, hessian, self.loss + (gradient @ centre).item() / 2
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """The digits 0, 1 and 2 by their two first principal components."""
-    data = load_digits(n_class=3)
+def digits(classes: int, components: int) -> tuple[Tensor, Tensor]:
+    """The first digits, 0 to some other one, by their first principal components."""
+    data = load_digits(n_class=classes)
     pixels = torch.from_numpy(data.data)
     pixels = pixels - pixels.mean(0)
-    components = torch.linalg.svd(pixels, full_matrices=False).Vh[:2]
+    axes = torch.linalg.svd(pixels, full_matrices=False).Vh[:components]
     # A component has no sign of its own: its largest entry is made positive.
-    largest = components.abs().argmax(1, keepdim=True)
-    inputs = pixels @ (components * components.gather(1, largest).sign()).T
+    largest = axes.abs().argmax(1, keepdim=True)
+    inputs = pixels @ (axes * axes.gather(1, largest).sign()).T
     return inputs / inputs[:, 0].std(), torch.from_numpy(data.target).long()
 
 

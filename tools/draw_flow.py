@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
+from draw_explorer import digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -85,7 +85,7 @@ class Flow:
     """
 
     def __init__(self) -> None:
-        self.inputs, self.labels = digits()
+        self.inputs, self.labels = digits(CLASSES, FEATURES)
         self.blocks: dict[State, list[Tensor]] = {}
         self.walks: dict[State, list[tuple[Tensor, Tensor]]] = {}
         for activation, batch in product(ACTIVATIONS, BATCHES):
@@ -122,18 +122,6 @@ class Flow:
                     below = W.T @ blocks[k] @ W
                     d = slopes[k - 1]
                     self.walks[state].append((below, d[:, None] * below * d))
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    """The digits 0 to 3 by their eight first principal components."""
-    data = load_digits(n_class=CLASSES)
-    pixels = torch.from_numpy(data.data)
-    pixels = pixels - pixels.mean(0)
-    components = torch.linalg.svd(pixels, full_matrices=False).Vh[:FEATURES]
-    # A component has no sign of its own: its largest entry is made positive.
-    largest = components.abs().argmax(1, keepdim=True)
-    inputs = pixels @ (components * components.gather(1, largest).sign()).T
-    return inputs / inputs[:, 0].std(), torch.from_numpy(data.target).long()
 
 
 def network(activation: str) -> HBPSequential:

@@ -468,7 +468,7 @@ def large(tiles):
     """Matrices side by side, larger; small entries made visible."""
     roots = {k: m.sign() * m.abs().sqrt() for k, m in tiles.items()}
     drawing = matrices(roots, columns=3)
-    drawing.figure.set_size_inches(8, 3)
+    drawing.figure.set_size_inches(7.2, 2.7)
     return drawing
 
 

@@ -79,7 +79,7 @@ device = torch.device("cuda" if use_gpu else "cpu")
 # %%
 num_epochs, batch_size, apart = 30, 500, 15
 if quick():
-    num_epochs, batch_size, apart = 3, 80, 1
+    num_epochs, batch_size, apart = 4, 80, 1
 
 # %% [markdown]
 # ## Data and model
@@ -544,7 +544,7 @@ adam_batches, adam_tests = train(
 # %% [markdown]
 # ## What came of it
 
-# %% alt="Four panels: batch loss above, test accuracy below, against epochs on the left and seconds on the right, each for HBP, SGD and Adam. SGD stays at the loss of guessing. HBP leaves it after a few epochs. Adam leaves it first and ends lowest. Against seconds, the curves of HBP and Adam lie close together." tags=["nbval-ignore-output"]
+# %% alt="Four panels: batch loss above, test accuracy below, against epochs on the left and seconds on the right, each for HBP, SGD and Adam. SGD stays at the loss of guessing. HBP leaves it after a few epochs. Adam leaves it first and ends lowest. Against seconds, the curve of HBP is stretched." tags=["nbval-ignore-output"]
 batch_rows = {
     "HBP": hbp_batches,
     "SGD": sgd_batches,
@@ -593,16 +593,11 @@ for method, rows in batch_rows.items():
     )
 
 # %% [markdown]
-# Compare the seconds with care: here the machine had other work to
-# do besides, most of it while Adam trained. Undisturbed, a step of
-# Adam is no slower than one of HBP, as the [performance
-# page](../docs/performance.md) shows.
-#
 # **HBP leaves the plateau.** The loss falls well below $\ln 10$, and
 # images that were not used for training gain from it, too.
 
 # %%
-assert final(hbp_batches, "loss") < (2.15 if quick() else 1.5)
+assert final(hbp_batches, "loss") < (2.0 if quick() else 1.5)
 print("HBP left the plateau.")
 
 limit = 0.15 if quick() else 0.4

@@ -76,7 +76,7 @@ def large_matrices(tiles, lines=(), names=()):
         for title, m in tiles.items()
     }
     figure = matrices(shades, same_scale=True).figure
-    figure.set_size_inches(8, 8.8 / len(tiles))
+    figure.set_size_inches(7.2, 7.9 / len(tiles))
     for axes in figure.axes:
         for line in lines:
             axes.axhline(line - 0.5, color="#6b717c", lw=0.6)

@@ -427,6 +427,7 @@ print("By hand the two terms are the same.")
 
 assert (abs_of_sum.diag() <= sum_of_abs.diag()).all()
 assert abs_of_sum.trace() < 0.95 * sum_of_abs.trace()
+assert (sum_of_abs - abs_of_sum).norm() > 0.05 * sum_of_abs.norm()
 print("The absolute value of the sum is the smaller one.")
 
 # %% [markdown]

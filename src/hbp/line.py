@@ -555,10 +555,10 @@ def _warn_of_a_promise(steps: Sequence[newton._Step]) -> bool:
 
 def _length(slope: float, curvature: float, room: float) -> float:
     """How far to go: to the minimum, or as far as ``room`` above the bound allows."""
-    minimum = slope / curvature if curvature > 0 else math.inf
-    # A loss of 0 has no digits for so little, and the curvature is round-off.
-    if slope <= 0 or (room == 0 and minimum == math.inf and slope < NO_DIGITS):
+    # A loss of 0 has no digits for so little, and its curvature is round-off.
+    if slope <= 0 or (room == 0 and slope < NO_DIGITS):
         return 0.0
+    minimum = slope / curvature if curvature > 0 else math.inf
     if room <= 0 or room == math.inf:
         return minimum
     # The smaller root of s·slope - ½s²·curvature = room, without cancellation.

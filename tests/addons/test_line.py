@@ -430,6 +430,9 @@ def test_a_loss_of_zero_ends_no_training(gap: float) -> None:
         loss = one_step(optimizer, model, x, y)
         assert 0 <= loss < 1e-5
     assert gap == 16 or loss == 0
+    line = optimizer.last_line
+    assert line is not None
+    assert (line.length == 0) == (loss == 0)
 
 
 def test_without_the_loss_there_is_no_length() -> None:

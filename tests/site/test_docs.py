@@ -20,7 +20,6 @@ import hbp
 
 REPOSITORY = "https://github.com/somebody/hbp"  # for instance
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
-TOO_HEAVY = {"04_write_your_own_layer"}
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted([*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])]
 EXAMPLES = [
@@ -102,10 +101,7 @@ def test_site_has_the_tutorials(site: Path, name: str) -> None:
     assert 'class="highlight"' in html
     assert 'class="output highlight"' in html
     assert re.search(rf'<img alt="[^"]+" src="[^"]*{name}_\d+_\d\.(svg|png)"', html)
-    article = html[html.index("<article") : html.index("</article>")]
-    # The aim is 60 KiB for the page. One misses it, and meets it without the frame.
-    measured = article if name in TOO_HEAVY else html
-    assert len(measured.encode()) <= 60 * 1024, "a page is to be light"
+    assert len(html.encode()) <= 60 * 1024, "a page is to be light"
     for suffix in (".py", ".ipynb"):
         published = (site / "tutorials" / f"{name}{suffix}").read_bytes()
         assert published == (ROOT / "tutorials" / f"{name}{suffix}").read_bytes()

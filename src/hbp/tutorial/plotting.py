@@ -120,7 +120,7 @@ def curves(panels: Sequence[Panel], columns: int = 2) -> Drawing:
         ValueError: there is no panel, or one has more lines than there are styles.
     """
     with rc_context(SETTINGS):
-        figure, grid = _figure(len(panels), columns, width=4.4, height=2.9)
+        figure, grid = _figure(len(panels), columns, width=3.6, height=2.9)
         for axes, panel in zip(grid, panels, strict=True):
             _draw_panel(axes, panel)
         return Drawing(figure)
@@ -201,7 +201,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             xytext=(-4, 4),
             textcoords="offset points",
             ha="right",
-            fontsize=8,
+            fontsize=9,
         )
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
     axes.grid(True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,9 +19,12 @@ from playwright.sync_api import (
     Browser,
     BrowserContext,
     ConsoleMessage,
+    Locator,
     Page,
     Request,
     Response,
+    ViewportSize,
+    expect,
 )
 
 SITE = ROOT / os.environ.get("HBP_SITE", "build/site")
@@ -36,6 +39,8 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
 ]
+Still = Callable[..., Page]
+"""From a path and perhaps a width to the page, without JavaScript."""
 # A colour on its way to another is neither.
 STILL = "*, ::before, ::after { transition: none !important }"
 
@@ -101,6 +106,42 @@ class Visit:
         self.page.goto(path)
         self.page.add_style_tag(content=STILL)
         return self.page
+
+
+def by_tab(page: Page, attribute: str, value: str) -> Locator:
+    """Go on to a control as a reader without a mouse does."""
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        focused = page.locator(":focus")
+        if focused.get_attribute(attribute) == value:
+            return focused
+    pytest.fail(f"no Tab leads to {value}")
+
+
+@pytest.fixture
+def still(browser: Browser, site: str) -> Iterator[Still]:
+    """Open a page, of some width, without JavaScript."""
+    contexts = []
+
+    def opened(path: str, width: int = WIDTHS["wide"]) -> Page:
+        size: ViewportSize = {"width": width, "height": 900}
+        context = browser.new_context(java_script_enabled=False, viewport=size)
+        contexts.append(context)
+        page = context.new_page()
+        page.goto(site + path)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def check_drawings(page: Page, figure: str) -> None:
+    """Its drawings are there and described, and what would not work is hidden."""
+    for image in page.locator(f"{figure} svg").all():
+        expect(image).to_be_visible()
+        assert len(image.get_attribute("aria-label") or "") > 100
+    expect(page.locator(f"{figure} .controls")).to_be_hidden()
 
 
 @pytest.fixture(scope="session", params=WIDTHS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from conftest import SITE, WIDTHS, Visit
+from conftest import SITE, WIDTHS, Still, Visit, by_tab, check_drawings
 from playwright.sync_api import Browser, Page, expect
 
 OUTPUTS = ("when", "length", "residual", "predicted", "actual", "kept")
@@ -28,31 +28,19 @@ def read(page: Page) -> dict[str, str]:
     return {name: page.locator(f"#explorer-{name}").inner_text() for name in OUTPUTS}
 
 
-def by_tab(page: Page, name: str) -> None:
-    """Go on to a control as a reader without a mouse does."""
-    for _ in range(80):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.id") == f"explorer-{name}":
-            return
-    pytest.fail(f"no Tab leads to {name}")
-
-
-def test_nothing_moves_when_the_script_starts(figure: Page, browser: Browser) -> None:
+def test_nothing_moves_when_the_script_starts(figure: Page, still: Still) -> None:
     """The drawing without JavaScript is the one that the script begins with."""
-    context = browser.new_context(java_script_enabled=False)
-    still = context.new_page()
-    still.goto(figure.url)
-    assert tip(still) == tip(figure)
-    assert read(still) == read(figure)
+    plain = still("/explorer/")
+    assert tip(plain) == tip(figure)
+    assert read(plain) == read(figure)
     for name in (".iterates", ".real.marker", ".model.marker"):
         for attribute in ("points", "cx", "cy"):
-            values = {p.locator(name).get_attribute(attribute) for p in (still, figure)}
+            values = {p.locator(name).get_attribute(attribute) for p in (plain, figure)}
             assert len(values) == 1
-    context.close()
 
 
 def test_keys_move_the_step(figure: Page) -> None:
-    by_tab(figure, "alpha")
+    by_tab(figure, "id", "explorer-alpha")
     slider = figure.locator("#explorer-alpha")
     start, before = tip(figure), read(figure)
     assert slider.get_attribute("aria-valuetext") == "α = 0.1"
@@ -82,7 +70,7 @@ def test_keys_move_the_step(figure: Page) -> None:
 
 
 def test_keys_take_iterations_away(figure: Page) -> None:
-    by_tab(figure, "alpha")
+    by_tab(figure, "id", "explorer-alpha")
     figure.keyboard.press("Home")
     solved = tip(figure)
     figure.keyboard.press("Tab")
@@ -127,7 +115,7 @@ def test_buttons_show_steps_of_note(figure: Page) -> None:
 def test_the_model_can_be_hidden(figure: Page) -> None:
     ellipse = figure.locator(".explorer ellipse").first
     expect(ellipse).to_be_visible()
-    by_tab(figure, "quadratic")
+    by_tab(figure, "id", "explorer-quadratic")
     figure.keyboard.press("Space")
     expect(ellipse).to_be_hidden()
     figure.keyboard.press("Space")
@@ -209,21 +197,11 @@ CONTRAST = """selector => {
 
 
 @pytest.mark.parametrize("width", WIDTHS.values())
-def test_without_javascript_the_figure_stands(
-    browser: Browser, site: str, width: int
-) -> None:
-    context = browser.new_context(
-        java_script_enabled=False, viewport={"width": width, "height": 900}
-    )
-    page = context.new_page()
-    page.goto(f"{site}/explorer/")
-    for image in page.locator(".explorer svg").all():
-        expect(image).to_be_visible()
-        assert len(image.get_attribute("aria-label") or "") > 100
+def test_without_javascript_the_figure_stands(still: Still, width: int) -> None:
+    page = still("/explorer/", width)
+    check_drawings(page, ".explorer")
     expect(page.locator(".explorer .arrow")).to_be_visible()
     expect(page.locator("#explorer-when")).to_contain_text("α = 0.1, with 4 CG")
-    expect(page.locator(".explorer .controls")).to_be_hidden()
-    context.close()
 
 
 def test_the_figure_works_from_a_file(browser: Browser) -> None:

@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from conftest import SITE, WIDTHS, Visit
-from playwright.sync_api import Browser, Locator, Page, expect
+from conftest import SITE, WIDTHS, Still, Visit, by_tab, check_drawings
+from playwright.sync_api import Browser, Page, expect
 
 
 @pytest.fixture
 def figure(visit: Visit) -> Iterator[Page]:
     yield visit.open("/flow/")
     assert visit.troubles == []
-
-
-def tab_to(page: Page, name: str) -> Locator:
-    """Go on to a group of radio buttons as a reader without a mouse does."""
-    for _ in range(80):
-        page.keyboard.press("Tab")
-        focused = page.locator(":focus")
-        if focused.get_attribute("name") == f"flow-{name}":
-            return focused
-    pytest.fail(f"no Tab leads to {name}")
 
 
 def tiles(page: Page) -> list[str]:
@@ -42,22 +32,19 @@ DRAWN = """() => [...document.querySelectorAll(".flow .layers *, .flow .step *")
     a => `${a.name}=${a.value}`).sort(), e.children.length ? "" : e.textContent])"""
 
 
-def test_nothing_moves_when_the_script_starts(figure: Page, browser: Browser) -> None:
+def test_nothing_moves_when_the_script_starts(figure: Page, still: Still) -> None:
     """The drawing without JavaScript is the one that the script begins with."""
-    context = browser.new_context(java_script_enabled=False)
-    still = context.new_page()
-    still.goto(figure.url)
-    assert still.evaluate(DRAWN) == figure.evaluate(DRAWN)
+    plain = still("/flow/")
+    assert plain.evaluate(DRAWN) == figure.evaluate(DRAWN)
     for selector in (".told", ".walk output"):
-        words = {p.locator(f".flow {selector}").inner_text() for p in (still, figure)}
+        words = {p.locator(f".flow {selector}").inner_text() for p in (plain, figure)}
         assert len(words) == 1
-    context.close()
 
 
 def test_keys_change_the_tiles(figure: Page) -> None:
     before = tiles(figure)
     assert figure.locator(".flow .mark.negative").count() > 3
-    tab_to(figure, "treatment")
+    by_tab(figure, "name", "flow-treatment")
     figure.keyboard.press("ArrowRight")
     expect(figure.locator("#flow-when")).to_contain_text("GGN, averaged Jacobian")
     after = tiles(figure)
@@ -66,7 +53,7 @@ def test_keys_change_the_tiles(figure: Page) -> None:
     assert figure.locator(".flow .mark.negative").count() == 0
     assert rows(figure)[-1] == "Layer 1: from about 0 to 0.00615; 8 of 8 below α"
 
-    tab_to(figure, "scheme")
+    by_tab(figure, "name", "flow-scheme")
     figure.keyboard.press("ArrowRight")
     assert tiles(figure) != after
     figure.keyboard.press("Tab")
@@ -82,7 +69,7 @@ def test_keys_change_the_tiles(figure: Page) -> None:
 def test_keys_move_alpha(figure: Page) -> None:
     line = figure.locator(".flow line.alpha")
     before = float(line.get_attribute("y1") or "nan")
-    tab_to(figure, "alpha")
+    by_tab(figure, "name", "flow-alpha")
     figure.keyboard.press("ArrowLeft")
     expect(figure.locator("#flow-when")).to_contain_text("α = 0.1.")
     assert float(line.get_attribute("y1") or "nan") < before
@@ -155,21 +142,11 @@ def test_letters_in_the_drawing_are_large_enough(figure: Page) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS.values())
-def test_without_javascript_the_figure_stands(
-    browser: Browser, site: str, width: int
-) -> None:
-    context = browser.new_context(
-        java_script_enabled=False, viewport={"width": width, "height": 900}
-    )
-    page = context.new_page()
-    page.goto(f"{site}/flow/")
-    for image in page.locator(".flow svg").all():
-        expect(image).to_be_visible()
-        assert len(image.get_attribute("aria-label") or "") > 100
+def test_without_javascript_the_figure_stands(still: Still, width: int) -> None:
+    page = still("/flow/", width)
+    check_drawings(page, ".flow")
     expect(page.locator("#flow-when")).to_contain_text("Hessian, averaged Jacobian")
-    expect(page.locator(".flow .controls")).to_be_hidden()
     expect(page.locator("#flow-step")).to_be_hidden()
-    context.close()
 
 
 def test_the_figure_works_from_a_file(browser: Browser) -> None:
