@@ -34,7 +34,7 @@ from hbp.core.containers import HBPResidual, HBPSequential, leaves_of
 from hbp.core.guards import is_number
 from hbp.core.module import HBPModule, drop_curvature
 from hbp.distributed import average
-from hbp.losses import hessian_and_gradient, places_of
+from hbp.losses import hessian_and_gradient, nodes_of, places_of
 
 DAMPING: Final = 0.1
 """α where none is given."""
@@ -302,16 +302,8 @@ def _(layer: Converted, u: Tensor | None, moves: Moves) -> Tensor | None:
 
 def _has_further_leaves(loss: Tensor, outputs: Tensor) -> bool:
     """Whether the loss depends on leaves, as a penalty does, other than by outputs."""
-    seen, waiting = {outputs.grad_fn}, [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if hasattr(node, "variable") and node.variable is not outputs:
-            return True
-        seen.add(node)
-        waiting += [before for before, _ in getattr(node, "next_functions", ())]
-    return False
+    nodes = nodes_of(loss, outputs)
+    return any(getattr(node, "variable", outputs) is not outputs for node in nodes)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import wraps
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from hbp.core import losses as core
 from hbp.core.guards import full_precision, is_narrow
@@ -31,9 +31,28 @@ def hessian_and_gradient(
     loss: Tensor, outputs: Tensor, each: bool
 ) -> tuple[Tensor, Tensor]:
     """As the core's, at ``places_of`` the outputs."""
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        # An honest gradient depends on what is sent to the loss, which this factor is.
+        with torch.enable_grad():
+            loss = loss * torch.ones_like(loss, requires_grad=True)
     with _torch_explained():
         places = places_of(loss, outputs)
-        return core.hessian_and_gradient(loss, outputs, places, each)
+        found = core.hessian_and_gradient(loss, outputs, places, each)
+    _require_honest(found[1], outputs)
+    return found
+
+
+def _require_honest(gradient: Tensor, outputs: Tensor) -> None:
+    """Raise where a function of somebody's own hides how its derivative came about."""
+    nodes = nodes_of(gradient, outputs)
+    if gradient.requires_grad and not any(n.name().endswith("::Error") for n in nodes):
+        return
+    raise RuntimeError(
+        "loss has no Hessian, for it can be differentiated only once: the backward() "
+        "of a torch.autograd.Function is marked @once_differentiable, or leaves torch. "
+        "Write it in torch's functions, or give backward_hessian() a matrix of your "
+        "own."
+    )
 
 
 def watching(outputs: Tensor, hessian: Tensor, gradient: Tensor) -> Tensor:
@@ -113,19 +132,23 @@ def casts(loss: Tensor, outputs: Tensor) -> Places | None:
         return None
     own = get_gradient_edge(outputs)
     casts: list[GradientEdge] = []
-    seen, waiting = {own.node, None}, [loss.grad_fn]
+    for node in nodes_of(loss, outputs):
+        if (own.node, own.output_nr) in node.next_functions:
+            if node.name() != "ToCopyBackward0":
+                return None
+            casts.append(GradientEdge(node, 0))
+    return casts or None
+
+
+def nodes_of(end: Tensor, start: Tensor) -> Iterator[Node]:
+    """The graph that computed ``end``, as far back as what computed ``start``."""
+    seen, waiting = {start.grad_fn}, [end.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for before, index in node.next_functions:
-            if before is own.node and index == own.output_nr:
-                if node.name() != "ToCopyBackward0":
-                    return None
-                casts.append(GradientEdge(node, 0))
-            waiting.append(before)
-    return casts or None
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [before for before, _ in node.next_functions]
 
 
 @full_precision()

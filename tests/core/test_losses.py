@@ -5,16 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import close, randn
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hbp import (
     HBPLinear,
     HBPSigmoid,
+    backward,
     batch_summed_hessian,
     output_hessian,
     per_sample_hessian,
@@ -348,6 +351,68 @@ def test_a_loss_without_second_derivative_is_named(name: str) -> None:
             find(NOT_TWICE[name](z), z)
     with pytest.raises(RuntimeError, match=rf"differentiate {name} twice"):
         output_hessian(lambda z, _: NOT_TWICE[name](z), z, z)
+
+
+class _OfTorch(torch.autograd.Function):
+    """Σ z², whose derivative is torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, sent: Tensor) -> Any:
+        (z,) = ctx.saved_tensors
+        return 2 * z * sent
+
+
+class _Once(_OfTorch):
+    """Σ z², which says that it can be differentiated once."""
+
+    backward = staticmethod(once_differentiable(_OfTorch.backward))
+
+
+class _OutsideTorch(_OfTorch):
+    """Σ z², whose derivative torch does not see."""
+
+    @staticmethod
+    def backward(ctx: Any, sent: Tensor) -> Any:
+        return torch.from_numpy(2 * ctx.saved_tensors[0].detach().numpy())
+
+
+@pytest.mark.parametrize("function", [_Once, _OutsideTorch])
+@pytest.mark.parametrize(
+    "hessian_of",
+    [
+        lambda loss, z: batch_summed_hessian(loss(z), z),
+        lambda loss, z: per_sample_hessian(loss(z), z),
+        lambda loss, z: output_hessian(lambda z, _: loss(z), z, z),
+        lambda loss, z: backward(HBPLinear(3, 2), z, loss(z)),
+    ],
+)
+def test_a_loss_that_can_be_differentiated_once_is_refused(
+    function: type[_OfTorch], hessian_of: Callable[[Any, Tensor], Any]
+) -> None:
+    """Its Hessian would be 0, in silence."""
+    z = randn(4, 2).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"differentiated only once.*of your own"):
+        hessian_of(function.apply, z)
+
+
+def test_a_part_of_the_loss_that_can_be_differentiated_once_is_noticed() -> None:
+    z = randn(4, 2).requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated only once"):
+        batch_summed_hessian(_Once.apply(z) + z.pow(4).sum(), z)
+
+
+@pytest.mark.parametrize("loss", [_OfTorch.apply, lambda z: 3 * z.sum()])
+def test_functions_of_torch_and_linear_losses_are_taken(
+    loss: Callable[[Tensor], Tensor],
+) -> None:
+    z = randn(4, 2)
+    expected = 8 * torch.eye(2) if loss == _OfTorch.apply else torch.zeros(2, 2)
+    assert torch.equal(generic(loss, z), expected.to(z))
 
 
 @pytest.mark.parametrize("anomaly", [False, True])
