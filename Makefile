@@ -108,10 +108,10 @@ sync: $(TESTS)  ## write the notebooks from their scripts, keep unchanged output
 	$(BIN)/python docs/hooks/repository.py
 	$(RUN) sync
 
-docs: $(SITE) $(KATEX)  ## build the site into build/site; a warning is an error
+docs: $(SITE) $(KATEX) wheel  ## build the site into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-serve: $(SITE) $(KATEX)  ## show the site and rebuild it as files change
+serve: $(SITE) $(KATEX) wheel  ## show the site and rebuild it as files change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lint: $(TESTS)  ## ruff, mypy, and zizmor for the workflows

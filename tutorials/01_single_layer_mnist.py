@@ -32,16 +32,36 @@
 # instance on Colab. Otherwise it does nothing.
 
 # %%
+# @title Install hbp where it is missing
 import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+# @markdown Half a minute, or with `quick_run` somewhat less.
+quick_run = False  # @param {type: "boolean"}
+if quick_run:
+    os.environ["HBP_TUTORIAL"] = "quick"
 
 hbp_source = ""
 
 if importlib.util.find_spec("hbp") is None:
-    package = os.environ.get("HBP_INSTALL", hbp_source)
-    assert package, "set HBP_INSTALL to what pip is to install"
+    here = Path.cwd()
+    checkouts = [p for p in here.parents if (p / "src/hbp").is_dir()]
+    known = [*here.glob("hbp-*.whl"), *checkouts, hbp_source]
+    package = os.environ.get("HBP_INSTALL", known[0])
+    if not package:
+        try:
+            from google.colab import files
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "hbp is missing. Put its wheel, hbp-*.whl, beside "
+                "this notebook, or say what pip is to install, as "
+                "in HBP_INSTALL=../hbp"
+            ) from None
+        print("Choose the wheel, hbp-*.whl, on your disk.")
+        (package,) = files.upload()
     pip = [sys.executable, "-m", "pip", "install", "-q", package]
     subprocess.run(pip, check=True)
     importlib.invalidate_caches()
@@ -61,9 +81,10 @@ use_gpu = torch.cuda.is_available()
 device = torch.device("cuda" if use_gpu else "cpu")
 
 # %% [markdown]
-# There is one setting. With `HBP_TUTORIAL=quick` in the environment,
-# a small data set takes the place of MNIST, and is passed more often,
-# so that there are enough steps.
+# There is one setting. With `quick_run` in the first cell, or with
+# `HBP_TUTORIAL=quick` in the environment, a small data set takes the
+# place of MNIST, and is passed more often, so that there are enough
+# steps.
 
 # %%
 num_epochs = 40 if quick() else 2

@@ -28,16 +28,36 @@
 # instance on Colab. Otherwise it does nothing.
 
 # %%
+# @title Install hbp where it is missing
 import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+# @markdown Half an hour, or with `quick_run` a minute.
+quick_run = False  # @param {type: "boolean"}
+if quick_run:
+    os.environ["HBP_TUTORIAL"] = "quick"
 
 hbp_source = ""
 
 if importlib.util.find_spec("hbp") is None:
-    package = os.environ.get("HBP_INSTALL", hbp_source)
-    assert package, "set HBP_INSTALL to what pip is to install"
+    here = Path.cwd()
+    checkouts = [p for p in here.parents if (p / "src/hbp").is_dir()]
+    known = [*here.glob("hbp-*.whl"), *checkouts, hbp_source]
+    package = os.environ.get("HBP_INSTALL", known[0])
+    if not package:
+        try:
+            from google.colab import files
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "hbp is missing. Put its wheel, hbp-*.whl, beside "
+                "this notebook, or say what pip is to install, as "
+                "in HBP_INSTALL=../hbp"
+            ) from None
+        print("Choose the wheel, hbp-*.whl, on your disk.")
+        (package,) = files.upload()
     pip = [sys.executable, "-m", "pip", "install", "-q", package]
     subprocess.run(pip, check=True)
     importlib.invalidate_caches()
@@ -72,9 +92,10 @@ device = torch.device("cuda" if use_gpu else "cpu")
 
 # %% [markdown]
 # Training three times for 30 epochs takes a while without a GPU. With
-# `HBP_TUTORIAL=quick` in the environment you get a small data set and
-# a short run instead. All that differs is the number of epochs, the
-# size of a batch, and how many batches apart we note the loss:
+# `quick_run` in the first cell, or with `HBP_TUTORIAL=quick` in the
+# environment, you get a small data set and a short run instead. All
+# that differs is the number of epochs, the size of a batch, and how
+# many batches apart we note the loss:
 
 # %%
 num_epochs, batch_size, apart = 30, 500, 15

@@ -34,16 +34,31 @@
 # instance on Colab. Otherwise it does nothing.
 
 # %%
+# @title Install hbp where it is missing
 import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 hbp_source = ""
 
 if importlib.util.find_spec("hbp") is None:
-    package = os.environ.get("HBP_INSTALL", hbp_source)
-    assert package, "set HBP_INSTALL to what pip is to install"
+    here = Path.cwd()
+    checkouts = [p for p in here.parents if (p / "src/hbp").is_dir()]
+    known = [*here.glob("hbp-*.whl"), *checkouts, hbp_source]
+    package = os.environ.get("HBP_INSTALL", known[0])
+    if not package:
+        try:
+            from google.colab import files
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "hbp is missing. Put its wheel, hbp-*.whl, beside "
+                "this notebook, or say what pip is to install, as "
+                "in HBP_INSTALL=../hbp"
+            ) from None
+        print("Choose the wheel, hbp-*.whl, on your disk.")
+        (package,) = files.upload()
     pip = [sys.executable, "-m", "pip", "install", "-q", package]
     subprocess.run(pip, check=True)
     importlib.invalidate_caches()

@@ -29,19 +29,40 @@
 # %% [markdown]
 # ## Setup
 #
-# The first cell installs the library where it is missing.
+# The first cell installs the library where it is missing, for
+# instance on Colab. Otherwise it does nothing.
 
 # %%
+# @title Install hbp where it is missing
 import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+# @markdown Two minutes, or with `quick_run` half a minute.
+quick_run = False  # @param {type: "boolean"}
+if quick_run:
+    os.environ["HBP_TUTORIAL"] = "quick"
 
 hbp_source = ""
 
 if importlib.util.find_spec("hbp") is None:
-    package = os.environ.get("HBP_INSTALL", hbp_source)
-    assert package, "set HBP_INSTALL to what pip is to install"
+    here = Path.cwd()
+    checkouts = [p for p in here.parents if (p / "src/hbp").is_dir()]
+    known = [*here.glob("hbp-*.whl"), *checkouts, hbp_source]
+    package = os.environ.get("HBP_INSTALL", known[0])
+    if not package:
+        try:
+            from google.colab import files
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "hbp is missing. Put its wheel, hbp-*.whl, beside "
+                "this notebook, or say what pip is to install, as "
+                "in HBP_INSTALL=../hbp"
+            ) from None
+        print("Choose the wheel, hbp-*.whl, on your disk.")
+        (package,) = files.upload()
     pip = [sys.executable, "-m", "pip", "install", "-q", package]
     subprocess.run(pip, check=True)
     importlib.invalidate_caches()
@@ -78,8 +99,9 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 # %% [markdown]
 # The network is 3c3d, with a quarter of its channels, so that a
 # processor is enough. The full one has `(64, 96, 128)`: change this
-# line if you have a GPU. With `HBP_TUTORIAL=quick` in the
-# environment, network and batch are smaller still.
+# line if you have a GPU. With `quick_run` in the first cell, or with
+# `HBP_TUTORIAL=quick` in the environment, network and batch are
+# smaller still.
 
 # %%
 channels = (8, 12, 16) if quick() else (16, 24, 32)

@@ -16,8 +16,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import nbformat
 from mkdocs.config.defaults import MkDocsConfig
@@ -29,7 +32,10 @@ from nbformat.v4 import new_markdown_cell
 from repository import address, colab_link, source_link
 from traitlets.config import Config
 
-TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
+ROOT = Path(__file__).resolve().parents[2]
+TUTORIALS, DIST = ROOT / "tutorials", ROOT / "dist"
+# The last two groups are a notebook or page, and a place in it.
+LINK = re.compile(r"\[([^\]]*)\]\((\.\./docs/)?([\w/-]+)\.(?:ipynb|md)(#[\w-]*)?\)")
 FIGURES = {"image/svg+xml", "image/png", "image/jpeg"}
 LONGEST_LOG, SHOWN_LOG = 24, 8  # lines
 FOLDS = {"setup": "Code of the setup", "solution": "Solution"}
@@ -48,19 +54,53 @@ TEMPLATE = """
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add, for every notebook, its page, its figures, and both files to download."""
+    """Add, for every notebook, its page, its figures, and files to download."""
     for path in sorted(TUTORIALS.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         minutes = minutes_to_read(notebook)
-        page, figures = render(notebook, path.stem)
         record = notebook.metadata.get("hbp", {})
+        page, figures = render(notebook, path.stem)
         runs = {key: run for key, run in record.items() if key != "code"}
-        page = with_header(page, path.stem, runs, minutes)
-        downloads = {p.name: p.read_bytes() for p in (path, path.with_suffix(".py"))}
+        notebook = alone(path, config.site_url or "").encode()
+        archive = zipped(path.name, notebook)
+        page = with_header(page, path.stem, runs, minutes, bool(archive))
+        script = path.with_suffix(".py")
+        downloads = {path.name: notebook, script.name: script.read_bytes()}
+        if archive:
+            downloads[f"{path.stem}.zip"] = archive
         for name, content in {f"{path.stem}.md": page, **figures, **downloads}.items():
             uri = f"tutorials/{name}"
             files.append(File.generated(config, uri, content=content))
     return files
+
+
+def alone(path: Path, site: str) -> str:
+    """Return a notebook whose links lead to the site, or nowhere if it has no address.
+
+    Beside the notebook that somebody has downloaded there is nothing.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(partial(link_from_afar, site), cell.source)
+    return nbformat.writes(notebook)
+
+
+def link_from_afar(site: str, link: re.Match[str]) -> str:
+    """Return a link to a page of the site, with its whole address or without any."""
+    words, folder, page, place = link.groups(default="")
+    folder = "" if folder else "tutorials/"
+    return f"[{words}]({site.rstrip('/')}/{folder}{page}/{place})" if site else words
+
+
+def zipped(name: str, notebook: bytes) -> bytes:
+    """Return a notebook and the wheel that its first cell installs, if there is one."""
+    archive = BytesIO()
+    for wheel in DIST.glob("*.whl"):
+        with ZipFile(archive, "w", ZIP_DEFLATED) as file:
+            file.writestr(name, notebook)
+            file.write(wheel, wheel.name)
+    return archive.getvalue()
 
 
 def render(notebook: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
@@ -177,12 +217,15 @@ def minutes_to_read(notebook: NotebookNode) -> int:
     return max(1, round(words / 200))
 
 
-def with_header(page: str, name: str, runs: dict[str, dict], minutes: int) -> str:
+def with_header(
+    page: str, name: str, runs: dict[str, dict], minutes: int, has_archive: bool
+) -> str:
     """Return the page with a bar of actions and its runs below the title."""
     title, _, rest = page.partition("\n")
     where = address()
     actions = [
         ("Open in Colab", colab_link(where, f"tutorials/{name}.ipynb"), ""),
+        ("Download with hbp", f"{name}.zip" if has_archive else "", "{ download }"),
         ("Download .ipynb", f"{name}.ipynb", "{ download }"),
         ("Download .py", f"{name}.py", "{ download }"),
         ("View source", source_link(where, f"tutorials/{name}.py"), ""),

@@ -6,10 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
+import nbformat
 import pytest
 from helpers import ROOT, load
 from mkdocs.exceptions import PluginError
@@ -102,9 +105,10 @@ def test_site_has_the_tutorials(site: Path, name: str) -> None:
     assert 'class="output highlight"' in html
     assert re.search(rf'<img alt="[^"]+" src="[^"]*{name}_\d+_\d\.(svg|png)"', html)
     assert len(html.encode()) <= 60 * 1024, "a page is to be light"
-    for suffix in (".py", ".ipynb"):
-        published = (site / "tutorials" / f"{name}{suffix}").read_bytes()
-        assert published == (ROOT / "tutorials" / f"{name}{suffix}").read_bytes()
+    script = f"tutorials/{name}.py"
+    assert (site / script).read_bytes() == (ROOT / script).read_bytes()
+    notebook = (site / "tutorials" / f"{name}.ipynb").read_text("utf-8")
+    assert not re.search(r"\]\((?!https://|#)[^)]*\.(md|ipynb)", notebook)
 
 
 def test_site_documents_every_public_name(site: Path) -> None:
@@ -275,6 +279,34 @@ class TestNotebookHook:
         with pytest.raises(PluginError, match=message):
             self.render(code("1", output))
 
+    @pytest.mark.parametrize(
+        ("site", "expected"),
+        [
+            ("", "two\nwords, d, [f](https://a.org/b.md) and [g](#h)"),
+            (
+                "https://a.org/hbp/",
+                "[two\nwords](https://a.org/hbp/tutorials/02_b/#c), "
+                "[d](https://a.org/hbp/api/b/), [f](https://a.org/b.md) and [g](#h)",
+            ),
+        ],
+    )
+    def test_a_notebook_alone(self, site: str, expected: str, tmp_path: Path) -> None:
+        words = "[two\nwords](02_b.ipynb#c), [d](../docs/api/b.md), "
+        cell = new_markdown_cell(words + "[f](https://a.org/b.md) and [g](#h)")
+        nbformat.write(new_notebook(cells=[cell]), tmp_path / "01_a.ipynb")
+        found = nbformat.reads(self.hook.alone(tmp_path / "01_a.ipynb", site), 4)
+        assert found.cells[0].source == expected
+
+    def test_a_notebook_with_the_wheel(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(self.hook, "DIST", tmp_path)
+        assert self.hook.zipped("a.ipynb", b"notebook") == b""
+        (tmp_path / "hbp-1.whl").write_bytes(b"wheel")
+        with ZipFile(BytesIO(self.hook.zipped("a.ipynb", b"notebook"))) as archive:
+            found = {name: archive.read(name) for name in archive.namelist()}
+        assert found == {"a.ipynb": b"notebook", "hbp-1.whl": b"wheel"}
+
     def test_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
         run = {
             "seconds": 83,
@@ -284,16 +316,18 @@ class TestNotebookHook:
             "commit": "abc",
         }
         monkeypatch.setattr(self.hook, "address", lambda: "")
-        page = self.hook.with_header("# Title\n\nText\n", "01_a", {"cpu": run}, 7)
+        page = self.hook.with_header("# Title\n\nText\n", "01_a", {"cpu": run}, 7, True)
         assert page.startswith('# Title\n\n<nav class="hbp-actions"')
         assert page.endswith("\n\nText\n")
         assert "[Download .ipynb](01_a.ipynb){ download }" in page
+        assert "[Download with hbp](01_a.zip){ download }" in page
         assert "About 7 minutes to read.<br>\nRan in 1 min 23 s on a computer, " in page
         assert "Colab" not in page
         assert "View source" not in page
 
         monkeypatch.setattr(self.hook, "address", lambda: REPOSITORY)
-        page = self.hook.with_header("# Title\n", "01_a", {}, 7)
+        page = self.hook.with_header("# Title\n", "01_a", {}, 7, False)
+        assert "01_a.zip" not in page
         assert "github/somebody/hbp/blob/main/tutorials/01_a.ipynb" in page
         assert f"[View source]({REPOSITORY}/blob/main/tutorials/01_a.py)" in page
 

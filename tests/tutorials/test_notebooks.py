@@ -73,7 +73,7 @@ def test_notebooks_import_what_colab_has(code_cells: list[NotebookNode]) -> None
     found = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
     assert "hbp" in found
     known = load(ROOT / "tests" / "colab_rehearsal.py").ON_COLAB
-    assert found <= {"hbp", "sklearn", *known} - {"scikit-learn"}
+    assert found <= {"google", "hbp", "sklearn", *known} - {"scikit-learn"}
 
 
 def test_script_and_notebook_are_the_same(script: Path, notebook: NotebookNode) -> None:

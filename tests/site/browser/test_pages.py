@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from html import unescape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import nbformat
 import pytest
@@ -186,7 +188,7 @@ def test_search_finds_a_word_of_a_tutorial(visit: Visit, tutorial: Path) -> None
 
 
 @pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
-def test_downloads_are_the_committed_files(visit: Visit, tutorial: Path) -> None:
+def test_downloads(visit: Visit, tutorial: Path) -> None:
     page = visit.open(f"/tutorials/{tutorial.stem}/")
     links = page.get_by_role("navigation", name="This tutorial").get_by_role("link")
     saved = {}
@@ -194,10 +196,15 @@ def test_downloads_are_the_committed_files(visit: Visit, tutorial: Path) -> None
         with page.expect_download() as download:
             link.click()
         saved[download.value.suggested_filename] = download.value.path().read_bytes()
-    pair = [tutorial, tutorial.with_suffix(".py")]
-    assert saved == {path.name: path.read_bytes() for path in pair}
+    script = tutorial.with_suffix(".py")
+    assert set(saved) == {script.name, tutorial.name, f"{tutorial.stem}.zip"}
+    assert saved[script.name] == script.read_bytes()
+    with ZipFile(BytesIO(saved[f"{tutorial.stem}.zip"])) as archive:
+        wheel, notebook = sorted(archive.namelist(), reverse=True)
+        assert archive.read(notebook) == saved[notebook]
+    assert re.fullmatch(r"hbp-.*-none-any\.whl", wheel)
     # The other actions need a repository, and its address is set in one place.
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     if not re.search(r"^Repository *=", project, re.M):
-        assert links.count() == len(pair)
+        assert links.count() == len(saved)
     assert visit.troubles == []
