@@ -644,8 +644,9 @@ def own_length(model):
     return step, optimizer
 
 
-def losses(between, start, count=50 if quick() else 100):
+def losses(between, start):
     """The loss of each of the first batches."""
+    count = 50 if quick() else 100
     model = network(shallow, between)
     step, _ = start(model)
     shuffle = torch.Generator().manual_seed(0)

@@ -30,6 +30,7 @@ WITH_EXERCISES = [
     "03b_negative",
     "04_write_your_own_layer",
     "05_convolutional",
+    "06_when",
 ]
 
 
