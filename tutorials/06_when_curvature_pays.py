@@ -553,12 +553,12 @@ assert more["E[xxᵀ]"]["test"][0] > shallow_logs["HBP"]["test"][0]
 print("On the test images it is, too, at first.")
 
 # %% tags=["nbval-ignore-output"]
+ahead, behind = more["E[xxᵀ]"], shallow_logs["HBP"]
+times = ahead["seconds"][0] / behind["seconds"][0]
+print(f"It takes {times:.1f} times the time of HBP.")
 if not quick():
-    ahead, behind = more["E[xxᵀ]"], shallow_logs["HBP"]
     assert ahead["test"][-1] < behind["test"][-1]
     print("On CIFAR-10, HBP has overtaken it at the end.")
-    assert ahead["seconds"][-1] > 2 * behind["seconds"][-1]
-    print("It took more than twice the time.")
 
 # %% [markdown]
 # So a block that knows more directions does fit the data sooner. That
