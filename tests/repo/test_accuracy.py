@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -164,7 +165,7 @@ def test_tables_and_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for run in wanted("shallow"):
         if not run.trial:
             hbp = run.method == "hbp"
-            pretend(run, [0.1, 0.2, 0.3, 0.51 + run.seed / 100 if hbp else 0.4])
+            pretend(run, [0.1, 0.2, 0.51 + run.seed / 100 if hbp else 0.4])
     accuracy.collect(tiny_data())
     report = json.loads(accuracy.RESULT.read_text("utf-8"))
     race = draw.race(report)
@@ -185,6 +186,35 @@ def test_committed_tables_are_those_of_the_committed_runs() -> None:
         report = json.loads((draw.FOLDER / f"{name}.json").read_text("utf-8"))
         for page, text in pages.items():
             assert (draw.FOLDER / f"{page}.md").read_text("utf-8") == text(report)
+
+
+def test_what_the_page_says_of_the_race() -> None:
+    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
+    runs = draw.by_network(report, trial=False)["shallow"]
+    test = {
+        method: [fmean(run["log"][e]["test"] for run in of) for e in range(3)]
+        for method, of in runs.items()
+    }
+    for e in range(3):
+        ranked = sorted(test, key=lambda method: -test[method][e])
+        assert ranked[:2] == ["muon", "hbp-inputs"]
+    assert ranked == ["muon", "hbp-inputs", "hbp", "centred", "adamw", "sgd"]
+    assert 0 < test["hbp"][2] - test["centred"][2] < 0.02
+    cost = report["costs"]["shallow"]
+
+    def reached(method: str, time: float) -> float:
+        """On the straight line between two epochs."""
+        whole = int(time / cost[method])
+        if not 1 <= whole <= 3:
+            return 0.0
+        low, high = test[method][whole - 1], test[method][min(whole, 2)]
+        return low + (time / cost[method] - whole) * (high - low)
+
+    for time, winner in [(cost["adamw"], "adamw"), (3 * cost["centred"], "centred")]:
+        assert max(cost, key=lambda method: reached(method, time)) == winner
+    largest = {"muon": 0.05, "centred": 10.0}
+    assert largest == {m: max(s.lr for s in METHODS[m]) for m in largest}
+    assert largest == {m: runs[m][0]["lr"] for m in largest}
 
 
 def test_what_the_page_says_of_the_paper_s_row() -> None:
