@@ -137,7 +137,7 @@ bench: $(TESTS) .venv/has-bench  ## time a training step next to those of others
 	PYTHONPATH=tests $(BIN)/python -m benchmarks
 	$(BIN)/python tools/draw_benchmarks.py
 
-bench-accuracy: $(TESTS)  ## time to accuracy on CIFAR-10, an hour or so
+bench-accuracy: $(TESTS)  ## the race on CIFAR-10, some hours
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python tools/draw_accuracy.py
 

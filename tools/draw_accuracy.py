@@ -1,6 +1,6 @@
 """Draw and tabulate the JSON files in ``docs/assets/accuracy``.
 
-They are ``results.json``, time to accuracy, and ``paper.json``, a row of the paper.
+They are ``results.json``, the race, and ``paper.json``, a row of the paper.
 
 Run it as ``python tools/draw_accuracy.py``.
 """
@@ -8,9 +8,9 @@ Run it as ``python tools/draw_accuracy.py``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from draw_benchmarks import short, table
@@ -21,129 +21,106 @@ from hbp.tutorial.plotting import SETTINGS, STYLES, Drawing, Panel, curves
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "assets" / "accuracy"
 Json = dict[str, Any]
-METHODS = {"hbp": "HBP", "adam": "Adam", "sgd": "SGD"}
-NETWORKS = {"shallow": (0.45, 0.50), "deep": (0.35, 0.40, 0.45)}
+METHODS = {
+    "hbp": "HBP",
+    "hbp-inputs": "HBP, E[xxᵀ]",
+    "centred": "centred SGD",
+    "muon": "Muon, AdamW",
+    "adamw": "AdamW",
+    "sgd": "SGD",
+    "adam": "Adam",
+}
+MORE_STYLES: list[tuple[str, Any, str, str]] = [
+    ("#a3383f", (0, (3, 1, 1, 1)), "v", "▼"),
+    ("#5b6470", "-", "x", "✕"),
+]
 
 
-def setting(run: Json) -> tuple[Any, ...]:
-    """Everything but the seed."""
-    return run["network"], run["method"], run["lr"], run["decay"], run["alpha"]
-
-
-def repeated(report: Json) -> list[list[Json]]:
-    """The settings that ran with all seeds."""
-    by_setting: dict[tuple[Any, ...], list[Json]] = {}
+def by_network(report: Json, trial: bool) -> dict[str, dict[str, list[Json]]]:
+    """The runs by network and method, as they are in the file."""
+    found: dict[str, dict[str, list[Json]]] = {}
     for run in report["runs"]:
-        by_setting.setdefault(setting(run), []).append(run)
-    most = max(map(len, by_setting.values()))
-    return [runs for runs in by_setting.values() if len(runs) == most]
+        if run["trial"] == trial:
+            methods = found.setdefault(run["network"], {})
+            methods.setdefault(run["method"], []).append(run)
+    return found
 
 
-def best(run: Json) -> float:
-    """The highest test accuracy in any epoch."""
-    return max(entry["test"] for entry in run["log"])
+def setting(run: Json) -> str:
+    """What trials choose, in words."""
+    alpha = "" if run["alpha"] is None else f", α {run['alpha']}"
+    rate = f"{run['lr']} of the length" if run["free"] else str(run["lr"])
+    return f"{rate}{alpha}, {'falls' if run['falls'] else 'stays'}"
 
 
-def finals(report: Json) -> dict[tuple[str, str], list[Json]]:
-    """By network and method, the runs of the setting that is best at its worst."""
-    groups: dict[tuple[str, str], list[Json]] = {}
-    for runs in sorted(repeated(report), key=lambda runs: min(map(best, runs))):
-        groups[runs[0]["network"], runs[0]["method"]] = runs
-    return groups
+def spread(values: list[float]) -> str:
+    """The mean, and in brackets the lowest and the highest; in percent."""
+    mean, low, high = (100 * f(values) for f in (fmean, min, max))
+    return f"{mean:.1f} ({low:.1f}–{high:.1f})"
 
 
-def reached(run: Json, accuracy: float, unit: str) -> float | None:
-    """When the test accuracy first was at least ``accuracy``."""
-    for epoch, entry in enumerate(run["log"], start=1):
-        if entry["test"] >= accuracy:
-            return epoch if unit == "epochs" else entry["seconds"]
-    return None
-
-
-def times(report: Json) -> str:
-    """Median epochs and seconds to some accuracies; how many seeds got there."""
+def race(report: Json) -> str:
+    """Accuracies on the test images, and what an epoch costs."""
     pages = []
-    for network, levels in NETWORKS.items():
-        head = [f"{network}, learning rate"]
-        head += [f"{u} to {100 * a:.0f} %" for a in levels for u in ("epochs", "s")]
-        rows = []
-        for runs in repeated(report):
-            if runs[0]["network"] == network:
-                row = [f"{METHODS[runs[0]['method']]}, {runs[0]['lr']}"]
-                for level in levels:
-                    for unit in ("epochs", "seconds"):
-                        row.append(in_brackets(reached(r, level, unit) for r in runs))
-                rows.append([*row, f"{median(map(best, runs)):.3f}"])
-        pages.append(table([*head, "best test accuracy"], rows))
+    for network, methods in by_network(report, trial=False).items():
+        epochs = range(methods["sgd"][0]["epochs"])
+        rows = [
+            [
+                METHODS[method],
+                setting(runs[0]),
+                *(spread([run["log"][e]["test"] for run in runs]) for e in epochs),
+                spread([run["log"][-1]["averaged"] for run in runs]),
+                short(report["costs"][network][method]),
+            ]
+            for method, runs in methods.items()
+        ]
+        head = [network, "learning rate", *(f"epoch {e + 1}" for e in epochs)]
+        pages.append(table([*head, "averaged", "time of a step, × SGD"], rows))
     return "\n".join(pages)
 
 
-def in_brackets(hits: Iterable[float | None]) -> str:
-    """The median of those that got there, and how many they are."""
-    found = [hit for hit in hits if hit is not None]
-    count = f"({len(found)})"
-    return f"{median(found):.0f} {count}" if found else f"never {count}"
-
-
 def grid(report: Json) -> str:
-    """Every run on the first seed."""
-    rows = []
-    for run in report["runs"]:
-        if run["seed"] == 0:
-            log = run["log"]
-            alpha = "" if run["alpha"] is None else str(run["alpha"])
-            rows.append(
-                [
-                    f"{run['network']}, {METHODS[run['method']]}",
-                    str(run["lr"]),
-                    alpha,
-                    str(run["decay"]),
-                    str(run["batch"]),
-                    str(run["epochs"]),
-                    f"{log[-1]['train']:.3f}",
-                    f"{best(run):.3f}",
-                    short(log[-1]["seconds"] / len(log)),
-                ]
-            )
-    head = ["run", "learning rate", "α", "× each epoch", "batch", "epochs"]
-    head += ["last training accuracy", "best test accuracy", "s per epoch"]
-    return table(head, rows)
+    """Every trial: its accuracy on the images that were held out, at its end."""
+    rows = [
+        [f"{network}, {METHODS[method]}"]
+        + [f"{setting(r)}: {100 * r['log'][-1]['test']:.1f}" for r in runs]
+        for network, methods in by_network(report, trial=True).items()
+        for method, runs in methods.items()
+    ]
+    return table(["", *(f"trial {n}" for n in range(1, len(rows[0])))], rows)
 
 
 def draw(report: Json) -> Drawing:
-    """Test accuracy against epochs and seconds, mean and range of the seeds."""
-    figure = Figure(figsize=(9.6, 6.8), layout="constrained")
-    runs = finals(report)
-    units: dict[str, Callable[[Json, int], float]] = {
-        "epochs": lambda run, epoch: epoch + 1,
-        "processor seconds, one thread": lambda run, epoch: run["log"][epoch][
-            "seconds"
-        ],
-    }
-    for row, network in enumerate(NETWORKS):
-        for column, (unit, position) in enumerate(units.items()):
-            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
-            for (method, name), (colour, dashes, marker, _) in zip(
-                METHODS.items(), STYLES, strict=False
-            ):
-                group = runs[network, method]
-                epochs = range(len(group[0]["log"]))
-                x = [fmean(position(run, e) for run in group) for e in epochs]
-                y = [[run["log"][e]["test"] for run in group] for e in epochs]
+    """Test accuracy against epochs and time, mean and range of the seeds."""
+    networks = by_network(report, trial=False)
+    figure = Figure(figsize=(7.2, 3.2 * len(networks)), layout="constrained")
+    axes = figure.subplots(len(networks), 2, squeeze=False)
+    for row, (network, methods) in zip(axes, networks.items(), strict=True):
+        for panel, by_time in zip(row, (False, True), strict=True):
+            styles = zip(methods.items(), [*STYLES, *MORE_STYLES], strict=True)
+            for (method, runs), (colour, dashes, marker, _) in styles:
+                epochs = range(runs[0]["epochs"])
+                cost = report["costs"][network][method] if by_time else 1.0
+                x = [cost * (epoch + 1) for epoch in epochs]
+                y = [[run["log"][e]["test"] for run in runs] for e in epochs]
                 low, mean, high = (list(map(f, y)) for f in (min, fmean, max))
-                axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-                axes.plot(
-                    x, mean, color=colour, ls=dashes, marker=marker, ms=4, label=name
+                panel.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+                panel.plot(
+                    x,
+                    mean,
+                    color=colour,
+                    ls=dashes,
+                    marker=marker,
+                    ms=4,
+                    label=METHODS[method],
                 )
-            axes.set_xlabel(unit)
-            axes.set_ylabel("test accuracy")
-            axes.set_title(network, fontsize=10)
-            axes.grid(True)
-            axes.legend(
-                loc="lower right" if network == "shallow" else "upper left",
-                frameon=False,
-                fontsize=9,
-            )
+            panel.set_title(network, fontsize=10)
+            panel.set_ylabel("test accuracy")
+            panel.grid(True)
+        row[0].set_xlabel("epochs")
+        row[0].set_xticks([epoch + 1 for epoch in epochs])
+        row[1].set_xlabel("time, in epochs of SGD")
+        row[1].legend(loc="lower right", frameon=False, fontsize=9)
     return Drawing(figure)
 
 
@@ -202,7 +179,7 @@ def draw_paper(report: Json) -> Drawing:
 Pages = dict[str, Callable[[Json], str]]
 Figures = dict[str, Callable[[Json], Drawing]]
 PARTS: dict[str, tuple[Pages, Figures]] = {
-    "results": ({"times": times, "grid": grid}, {"curves": draw}),
+    "results": ({"race": race, "grid": grid}, {"curves": draw}),
     "paper": (
         {"paper-settings": paper_settings, "paper": paper},
         {"paper": draw_paper},

@@ -1,13 +1,19 @@
-"""Time to accuracy on CIFAR-10: epochs and seconds, for whoever wins.
+"""A race on CIFAR-10: accuracy by epochs and by time, for whoever wins.
 
-    PYTHONPATH=tests python -m benchmarks.accuracy [--share 1/2]
+    PYTHONPATH=tests python -m benchmarks.accuracy [shallow | deep]
 
-Two networks of sigmoid layers, images normalised by channel, Xavier's initialisation,
-no biases at first. SGD with momentum and Adam get a small grid of learning rates on
-one seed, all with the schedule that hbp has; the best then run on two more.
+Two networks of sigmoid layers, images normalised by channel, Xavier's initial weights,
+no biases at first, batches of 100. Every method gets the same number of trials, with
+seed 0: three settings, each with a learning rate that stays and one that falls. They
+train on 45,000 of the training images, and are judged by their accuracy on the other
+5,000. The best trains again on all of them, longer, and with three seeds; only then the
+test images are looked at, after every epoch, with the weights as they are and with
+their moving average.
+
 Every run is written to a file of its own when it ends, and is not run again: stop at
-any time. ``--share 1/2`` and ``--share 2/2`` split the runs over two processes. When
-all are there, they are collected in ``docs/assets/accuracy/results.json``.
+any time. When all runs of a network are there, steps of all methods are timed side by
+side, which wants an idle machine, and everything is collected in
+``docs/assets/accuracy/results.json``.
 """
 
 from __future__ import annotations
@@ -17,16 +23,18 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from benchmarks.measure import ROOT, provenance
 from benchmarks.points import network
-from hbp import CGNewton, HBPSequential, convert, output_hessian, set_seeds
+from hbp import CGNewton, HBPSequential, backward, convert, output_hessian, set_seeds
 from hbp.tutorial.datasets import cifar10
 
 LOSS = nn.CrossEntropyLoss()
@@ -37,6 +45,38 @@ SIZES = {
     "deep": [3072, 1024, 512, 256, 128, 64, 32, 16, 10],
 }
 SEEDS = [0, 1, 2]
+HELD_OUT = 5000
+# The deep network stands still for most of the first epoch, whoever trains it.
+TRIAL_EPOCHS = {"shallow": 1, "deep": 2}
+EPOCHS = 3
+# A moving average of the weights takes this share of them, every so many steps.
+SHARE, EVERY = 0.05, 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is chosen by trials.
+
+    Args:
+        lr: Learning rate at first; a factor on the length of the step where ``free``.
+        alpha: Damping of a Newton step.
+        free: Whether CGNewton finds the length of its step.
+    """
+
+    lr: float
+    alpha: float | None = None
+    free: bool = False
+
+
+NEWTON = [Setting(0.15, 0.05), Setting(0.1, 0.01), Setting(0.3, 0.01, free=True)]
+METHODS = {
+    "hbp": NEWTON,
+    "hbp-inputs": NEWTON,
+    "centred": [Setting(lr) for lr in (1.0, 3.0, 10.0)],
+    "muon": [Setting(lr) for lr in (0.01, 0.02, 0.05)],
+    "adamw": [Setting(lr) for lr in (3e-4, 1e-3, 3e-3)],
+    "sgd": [Setting(lr) for lr in (0.03, 0.1, 0.3)],
+}
 
 
 @dataclass(frozen=True)
@@ -45,73 +85,66 @@ class Run:
 
     Args:
         network: A key of ``SIZES``.
-        method: "hbp" (abs, cg), "adam" or "sgd" (momentum 0.9).
-        lr: Learning rate at first.
-        batch: Samples in a batch.
-        decay: Factor of the learning rate after every epoch.
+        method: A key of ``METHODS``, or "adam".
+        setting: Learning rate and damping.
         epochs: How many.
-        alpha: hbp's damping.
+        falls: Whether the learning rate falls, linearly, to a tenth.
+        trial: Whether it trains without the held-out images and is judged by them.
         seed: Of the initial weights and of the order of the batches.
+        batch: Samples in a batch.
     """
 
     network: str
     method: str
-    lr: float
-    batch: int
-    decay: float
-    epochs: int
-    alpha: float | None = None
+    setting: Setting
+    epochs: int = EPOCHS
+    falls: bool = False
+    trial: bool = False
     seed: int = 0
+    batch: int = 100
+
+    def facts(self) -> dict[str, Any]:
+        """All of it, flat."""
+        facts = {**asdict(self), **asdict(self.setting)}
+        del facts["setting"]
+        return facts
 
     @property
     def path(self) -> Path:
-        values = "_".join(str(value) for value in asdict(self).values())
-        return RUNS / f"{values}.json"
+        return RUNS / ("_".join(map(str, self.facts().values())) + ".json")
 
     def result(self) -> list[dict[str, float]] | None:
-        """Training and test accuracy and seconds, by epoch, if the run is done."""
+        """Accuracies by epoch, if the run is done."""
         return json.loads(self.path.read_text()) if self.path.exists() else None
 
 
-SHALLOW_HBP = Run("shallow", "hbp", 0.15, 100, 0.7, 8, 0.05)
-DEEP_HBP = Run("deep", "hbp", 0.1, 100, 0.8, 8, 0.01)
-# Tried first; it is quick, but not with every seed.
-HASTY_DEEP_HBP = replace(DEEP_HBP, lr=0.15)
-RATES = {"adam": (3e-4, 1e-3, 3e-3), "sgd": (0.1, 0.3)}
-
-
-def grid(own: Run, method: str) -> list[Run]:
-    """Some learning rates, otherwise as hbp's run.
-
-    On the shallow network Adam also gets each of them without the schedule.
-    """
-    schedules = {own.decay}
-    if (own.network, method) == ("shallow", "adam"):
-        schedules.add(1.0)
+def trials(network: str, method: str) -> list[Run]:
+    epochs = TRIAL_EPOCHS[network]
     return [
-        replace(own, method=method, lr=lr, decay=decay, alpha=None)
-        for lr, decay in product(RATES[method], sorted(schedules))
+        Run(network, method, setting, epochs, falls, trial=True)
+        for setting in METHODS[method]
+        for falls in (False, True)
     ]
 
 
-def best(runs: list[Run]) -> Run | None:
-    """The run of the best test accuracy in any epoch, once all are done."""
+def chosen(network: str, method: str) -> Run | None:
+    """The best trial, by accuracy at its end, as a race; None until all are done."""
+    runs = trials(network, method)
     results = [run.result() for run in runs]
-    scores = [max(epoch["test"] for epoch in result) for result in results if result]
-    return runs[scores.index(max(scores))] if len(scores) == len(runs) else None
+    scores = [result[-1]["test"] for result in results if result]
+    if len(scores) < len(runs):
+        return None
+    return replace(runs[scores.index(max(scores))], epochs=EPOCHS, trial=False)
 
 
-def wanted() -> Iterator[Run]:
-    """All runs, as far as they are known: the best of a grid is known last."""
-    for own in (SHALLOW_HBP, DEEP_HBP, HASTY_DEEP_HBP):
-        yield from (replace(own, seed=seed) for seed in SEEDS)
-    for own in (SHALLOW_HBP, DEEP_HBP):
-        for method in RATES:
-            yield from grid(own, method)
-    for own, method in product((SHALLOW_HBP, DEEP_HBP), RATES):
-        winner = best(grid(own, method))
-        if winner is not None:
-            yield from (replace(winner, seed=seed) for seed in SEEDS)
+def wanted(network: str) -> Iterator[Run]:
+    """All runs, as far as they are known: those of the race after the trials."""
+    for method in METHODS:
+        yield from trials(network, method)
+    for seed in SEEDS:
+        for method in METHODS:
+            if run := chosen(network, method):
+                yield replace(run, seed=seed)
 
 
 def normalised(
@@ -147,46 +180,139 @@ def model_of(
         if isinstance(layer, nn.Linear):
             initialise(layer.weight)
             nn.init.zeros_(layer.bias)
-    return convert(model) if run.method == "hbp" else model
+    if run.setting.alpha is None:
+        return model
+    converted = convert(model)
+    if run.method == "hbp-inputs":
+        converted.set_hbp_approximation(average_parameter_jacobian=False)
+    return converted
+
+
+class Centred(torch.optim.SGD):
+    """Gradient descent in which no weight moves along its layer's mean input.
+
+    It is what the averaged block H ⊗ x̄x̄ᵀ does without any H: the ablation of HBP at
+    the rate lr/α. Biases get a tenth of the rate.
+    """
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        self.means: dict[nn.Linear, Tensor] = {}
+        for layer in self.layers:
+            layer.register_forward_hook(self.remember)
+        groups: list[dict[str, Any]] = [
+            {"params": [layer.weight for layer in self.layers]},
+            {"params": [layer.bias for layer in self.layers], "lr": lr / 10},
+        ]
+        super().__init__(groups, lr=lr)
+
+    def remember(self, layer: nn.Linear, inputs: tuple[Tensor], _: Tensor) -> None:
+        self.means[layer] = inputs[0].detach().mean(0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for layer in self.layers:
+            gradient, mean = layer.weight.grad, self.means[layer]
+            if gradient is not None:
+                gradient -= torch.outer(gradient @ mean, mean) / (mean @ mean)
+        super().step(closure)
+
+
+class MuonBesideAdamW(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for the weights of hidden layers, AdamW for the rest.
+
+    ``torch.optim.Muon`` does the same, rounded to bfloat16, for which many processors
+    have no instructions: there a step takes a hundred times as long.
+    """
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        self.hidden = weights[1:-1]
+        rest = [p for p in model.parameters() if all(p is not w for w in self.hidden)]
+        super().__init__(rest, lr=1e-3)
+        self.own = {"lr": lr}
+        self.momenta = [torch.zeros_like(weight) for weight in self.hidden]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for weight in self.hidden:
+            weight.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for weight, momentum in zip(self.hidden, self.momenta, strict=True):
+            if weight.grad is not None:
+                momentum.lerp_(weight.grad, 0.05)
+                rows, columns = weight.shape
+                scale = max(1.0, rows / columns) ** 0.5
+                update = orthogonal(weight.grad.lerp(momentum, 0.95))
+                weight.add_(update, alpha=-self.own["lr"] * scale)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Roughly the nearest orthogonal matrix, by five steps of Newton and Schulz."""
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    X = wide / torch.linalg.vector_norm(wide).clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X if len(matrix) <= matrix.shape[1] else X.T
 
 
 def optimizer_of(run: Run, model: nn.Module) -> torch.optim.Optimizer:
-    if run.alpha is not None:
+    lr, alpha = run.setting.lr, run.setting.alpha
+    if alpha is not None:
         return CGNewton(
             model.parameters(),
-            lr=run.lr,
-            alpha=run.alpha,
+            lr=lr,
+            alpha=alpha,
             cg_atol=0.0,
             cg_tol=0.1,
             cg_maxiter=50,
+            adaptive_lr=run.setting.free,
         )
-    if run.method == "adam":
-        return torch.optim.Adam(model.parameters(), lr=run.lr)
-    return torch.optim.SGD(model.parameters(), lr=run.lr, momentum=0.9)
+    if run.method == "centred":
+        return Centred(model, lr)
+    if run.method == "muon":
+        return MuonBesideAdamW(model, lr)
+    if run.method == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    kind = torch.optim.Adam if run.method == "adam" else torch.optim.AdamW
+    return kind(model.parameters(), lr=lr)
 
 
 def train(run: Run, data: tuple[Tensor, ...]) -> list[dict[str, float]]:
-    """Accuracies, and processor seconds of training alone, after every epoch.
-
-    With one thread, processor time is the time on a machine with nothing else to do.
-    """
+    """Accuracies after every epoch."""
     images, labels, test_images, test_labels = data
+    if run.trial:
+        test_images, test_labels = images[-HELD_OUT:], labels[-HELD_OUT:]
+        images, labels = images[:-HELD_OUT], labels[:-HELD_OUT]
     model = model_of(run)
+    # A copy, while the model has no hooks that would be copied, too.
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - SHARE))
     optimizer = optimizer_of(run, model)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, run.decay)
+    groups = [*optimizer.param_groups, getattr(optimizer, "own", {"lr": 0.0})]
+    rates = [(group, group["lr"]) for group in groups]
     generator = torch.Generator().manual_seed(run.seed)
-    log, seconds = [], 0.0
+    log, done = [], 0
+    steps = run.epochs * -(-len(images) // run.batch)
     for _ in tqdm(range(run.epochs), desc=run.path.stem, ascii=True):
-        start, hits = time.process_time(), 0
+        hits = 0
         for index in torch.randperm(len(images), generator=generator).split(run.batch):
+            for group, lr in rates if run.falls else ():
+                group["lr"] = lr * (1 - 0.9 * done / steps)
             outputs = step(model, optimizer, images[index], labels[index])
             hits += int((outputs.argmax(1) == labels[index]).sum())
-        seconds += time.process_time() - start
-        schedule.step()
-        with torch.no_grad():
-            right = (model(test_images).argmax(1) == test_labels).float().mean()
-        train_accuracy = hits / len(images)
-        log.append({"train": train_accuracy, "test": float(right), "seconds": seconds})
+            done += 1
+            if done % EVERY == 0:
+                average.update_parameters(model)
+        entry = {"train": hits / len(images)}
+        for name, weights in (("test", model), ("averaged", average)):
+            with torch.no_grad():
+                right = weights(test_images).argmax(1) == test_labels
+            entry[name] = float(right.float().mean())
+        log.append(entry)
     return log
 
 
@@ -196,44 +322,74 @@ def step(
     outputs = model(images)
     loss = LOSS(outputs, labels)
     optimizer.zero_grad()
-    loss.backward()
-    if isinstance(model, HBPSequential):
+    if not isinstance(model, HBPSequential):
+        loss.backward()
+    elif optimizer.defaults["adaptive_lr"]:
+        backward(model, outputs, loss)
+    else:
+        loss.backward()
         hessian = output_hessian(LOSS, outputs, labels)
         model.backward_hessian(hessian, modify_2nd_order_terms="abs")
     optimizer.step()
     return outputs
 
 
-def collect() -> None:
-    """Write all runs into one file."""
-    runs = [{**asdict(run), "log": run.result()} for run in dict.fromkeys(wanted())]
-    report = {"provenance": provenance("cpu"), "runs": runs}
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    print(f"{len(runs)} runs written to {RESULT}")
+def costs(
+    runs: dict[str, Run], data: tuple[Tensor, ...], rounds: int = 30
+) -> dict[str, float]:
+    """Time of a step of each method, in steps of SGD: the median over rounds.
+
+    The methods take turns, on the same batches, so that all see the same machine.
+    """
+    models = {method: model_of(run) for method, run in runs.items()}
+    optimizers = {name: optimizer_of(runs[name], net) for name, net in models.items()}
+    times: dict[str, list[float]] = {method: [] for method in runs}
+    batches = zip(data[0].split(100), data[1].split(100), strict=True)
+    for _, (images, labels) in zip(range(rounds), batches, strict=False):
+        for method, model in models.items():
+            start = time.perf_counter()
+            step(model, optimizers[method], images, labels)
+            times[method].append(time.perf_counter() - start)
+    unit = median(times["sgd"])
+    return {method: median(seconds) / unit for method, seconds in times.items()}
+
+
+def collect(data: tuple[Tensor, ...]) -> None:
+    """Write all runs of the networks that are done into one file."""
+    runs, relative = [], {}
+    for net in SIZES:
+        of_net = list(wanted(net))
+        results = [run.result() for run in of_net]
+        whole = len(METHODS) * (6 + len(SEEDS))
+        if len(of_net) == whole and all(results):
+            runs += [
+                {**run.facts(), "log": log}
+                for run, log in zip(of_net, results, strict=True)
+            ]
+            races = {run.method: run for run in of_net if not run.trial}
+            relative[net] = costs(races, data)
+        else:
+            print(f"{net}: {sum(map(bool, results))} of {whole} runs are done.")
+    if runs:
+        report = {"provenance": provenance("cpu"), "costs": relative, "runs": runs}
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        print(f"{len(runs)} runs written to {RESULT}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--share", default="1/1", help="this process's part, as 1/2")
-    part, parts = map(int, parser.parse_args().share.split("/"))
+    parser.add_argument("networks", nargs="*", help="default: both")
+    names = parser.parse_args().networks or list(SIZES)
     torch.set_num_threads(1)
     data = normalised()
     RUNS.mkdir(parents=True, exist_ok=True)
-    # The second time around, the winners of the grids are known, or another
-    # process is still at work on them.
-    for _ in range(2):
-        for number, run in enumerate(dict.fromkeys(wanted())):
-            if number % parts == part - 1 and run.result() is None:
-                log = train(run, data)
-                run.path.write_text(json.dumps(log))
-    if all(run.result() for run in wanted()) and all(
-        best(grid(own, method))
-        for own, method in product((SHALLOW_HBP, DEEP_HBP), RATES)
-    ):
-        collect()
-    else:
-        print("Not all runs are done. Start this again when the others have ended.")
+    for name in names:
+        for _ in range(2):  # The second time around, the best trials are known.
+            for run in wanted(name):
+                if run.result() is None:
+                    run.path.write_text(json.dumps(train(run, data)))
+    collect(data)
 
 
 if __name__ == "__main__":

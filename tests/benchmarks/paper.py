@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import accuracy
-from benchmarks.accuracy import LOSS, Run, model_of, normalised, optimizer_of, step
+from benchmarks.accuracy import (
+    LOSS,
+    Run,
+    Setting,
+    model_of,
+    normalised,
+    optimizer_of,
+    step,
+)
 from benchmarks.measure import ROOT, provenance
 
 RESULT = ROOT / "docs" / "assets" / "accuracy" / "paper.json"
@@ -31,8 +38,8 @@ BUDGET = 15 * 60.0  # Processor seconds of training for each method.
 MEAN, DEVIATION = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
 MOST = 1000  # Epochs; the budget is meant to end first.
 RUNS = {
-    "hbp": Run("deep", "hbp", 0.1, 500, 1.0, MOST, 0.02),
-    "adam": Run("deep", "adam", 1e-3, 500, 1.0, MOST),
+    "hbp": Run("deep", "hbp", Setting(0.1, 0.02), MOST, batch=500),
+    "adam": Run("deep", "adam", Setting(1e-3), MOST, batch=500),
 }
 Log = list[dict[str, float]]
 
@@ -141,7 +148,7 @@ def collect(budget: float = BUDGET) -> None:
     report = {
         "provenance": provenance("cpu"),
         "settings": {"budget": budget, "sizes": accuracy.SIZES["deep"]},
-        "runs": [{**asdict(run), "log": log} for run, log in logs.items()],
+        "runs": [{**run.facts(), "log": log} for run, log in logs.items()],
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

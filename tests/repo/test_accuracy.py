@@ -6,13 +6,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from benchmarks import accuracy, paper
-from benchmarks.accuracy import DEEP_HBP, SHALLOW_HBP, Run, best, grid, wanted
+from benchmarks.accuracy import METHODS, Run, Setting, chosen, trials, wanted
 from helpers import ROOT, load
 from torch import Tensor
 
@@ -37,65 +38,145 @@ def tiny_data() -> tuple[Tensor, ...]:
 
 def pretend(run: Run, scores: list[float]) -> None:
     """Write the result of a run that never was."""
-    log = [
-        {"train": score, "test": score, "seconds": 2.0 * epoch}
-        for epoch, score in enumerate(scores, start=1)
-    ]
+    log = [{"train": score, "test": score, "averaged": score} for score in scores]
     run.path.write_text(json.dumps(log))
 
 
-@pytest.mark.parametrize("method", ["hbp", "adam", "sgd"])
+RATES = {"centred": 2.0, "muon": 0.05, "adamw": 0.05, "sgd": 0.5}
+# AdamW at its usual rate, beside Muon, takes longer.
+PASSES = {"hbp": 8, "hbp-inputs": 8, "muon": 100}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(
     method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(accuracy, "SIZES", {"shallow": [4, 6, 6, 4]})
+    # Without hidden layers between, one epoch is too short for an average of weights.
+    monkeypatch.setattr(accuracy, "EVERY", 1)
+    newton = [Setting(0.3, 0.02), Setting(1.0, 0.1, free=True)]
+    passes = PASSES.get(method, 20)
+    for setting in [Setting(RATES[method])] if method in RATES else newton:
+        run = Run("shallow", method, setting, passes, falls=True, batch=20)
+        log = accuracy.train(run, tiny_data())
+        assert len(log) == passes
+        assert log[-1]["test"] > 0.9 > log[0]["train"]
+        assert log[-1]["averaged"] > 0.9
+        assert accuracy.train(run, tiny_data())[-1]["test"] == log[-1]["test"]
+
+
+def test_a_falling_rate_ends_at_a_tenth(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "SIZES", {"shallow": [4, 6, 6, 4]})
+    rates: list[list[float]] = []
+
+    def step(model: Any, optimizer: Any, images: Tensor, labels: Tensor) -> Tensor:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        if optimizer.hidden:
+            rates[-1].append(optimizer.own["lr"])
+        return model(images)
+
+    monkeypatch.setattr(accuracy, "step", step)
+    run = Run("shallow", "muon", Setting(0.05), 2, falls=True, batch=20)
+    accuracy.train(run, tiny_data())
+    assert rates[0] == [1e-3, 0.05]
+    assert rates[-1] == pytest.approx([1e-3 * 0.145, 0.05 * 0.145])
+    assert len(rates) == 20
+
+
+def test_muon_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    own, other = model[1].weight, torch.nn.Parameter(model[1].weight.detach().clone())
+    ours = accuracy.MuonBesideAdamW(model, 0.1)
+    theirs = torch.optim.Muon([other], lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        # Far from singular, where bfloat16 is far from float32.
+        own.grad = torch.linalg.qr(torch.randn(8, 8))[0] * 3
+        other.grad, before = own.grad.clone(), own.detach().clone()
+        ours.step()
+        theirs.step()
+        moved = torch.linalg.vector_norm(own - before)
+        assert torch.linalg.vector_norm(own - other) < 0.02 * moved
+        other.data.copy_(own)
+
+
+def test_centred_moves_nothing_along_the_mean_input() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2))
+    optimizer = accuracy.Centred(model, 0.5)
+    x, before = torch.rand(7, 5), [p.detach().clone() for p in model.parameters()]
+    model(x).square().sum().backward()
+    optimizer.step()
+    moved = [p - q for p, q in zip(model.parameters(), before, strict=True)]
+    assert (moved[0] @ x.mean(0)).abs().max() < 1e-5 < moved[0].abs().max()
+    bias = model[0].bias.grad
+    assert bias is not None
+    assert torch.allclose(moved[1], -0.05 * bias)
+
+
+def test_trials_never_see_the_test_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(accuracy, "SIZES", {"shallow": [4, 6, 4]})
-    alpha = 0.02 if method == "hbp" else None
-    rate = {"hbp": 0.3, "adam": 0.05, "sgd": 0.5}[method]
-    run = Run("shallow", method, rate, 20, 0.9, 12, alpha)
-    log = accuracy.train(run, tiny_data())
-    assert len(log) == 12
-    assert log[-1]["test"] > 0.9 > log[0]["train"]
-    seconds = [entry["seconds"] for entry in log]
-    assert sorted(seconds) == seconds
-    assert accuracy.train(run, tiny_data())[-1]["test"] == log[-1]["test"]
+    monkeypatch.setattr(accuracy, "HELD_OUT", 50)
+    images, labels, test_images, test_labels = tiny_data()
+    nothing = torch.full_like(test_images, torch.nan)
+    run = Run("shallow", "sgd", Setting(0.5), 12, trial=True, batch=20)
+    log = accuracy.train(run, (images, labels, nothing, test_labels))
+    assert log[-1]["test"] > 0.9
+    spoilt = images.clone()
+    spoilt[-50:] = torch.nan
+    log = accuracy.train(run, (spoilt, labels, test_images, test_labels))
+    assert log[-1]["train"] > 0.9
+    assert log[-1]["test"] < 0.5
 
 
-def test_the_best_of_a_grid_runs_with_all_seeds(folder: Path) -> None:
-    runs = grid(SHALLOW_HBP, "adam")
-    assert best(runs) is None
+def test_the_best_trial_runs_with_all_seeds(folder: Path) -> None:
+    runs = trials("deep", "muon")
+    assert len({len(trials("deep", method)) for method in METHODS}) == 1
+    assert chosen("deep", "muon") is None
     for number, run in enumerate(runs):
-        pretend(run, [0.1, 0.5 if number == 3 else 0.4, 0.2])
-    assert best(runs) == runs[3]
-    seeds = {run.seed for run in wanted() if replace(run, seed=0) == runs[3]}
-    assert seeds == {0, 1, 2}
-    assert {run.seed for run in wanted() if replace(run, seed=0) == runs[2]} == {0}
+        # The last epoch counts.
+        pretend(run, [0.6, 0.5 if number == 3 else 0.4])
+    best = chosen("deep", "muon")
+    assert best == replace(runs[3], trial=False, epochs=accuracy.EPOCHS)
+    assert {run.seed for run in wanted("deep") if not run.trial} == {0, 1, 2}
+    assert all(run.setting == best.setting for run in wanted("deep") if not run.trial)
 
 
 def test_runs_have_files_of_their_own(folder: Path) -> None:
-    runs = set(wanted())
+    for method in METHODS:
+        for run in trials("deep", method):
+            pretend(run, [0.1, 0.2])
+    runs = [*wanted("deep"), *wanted("shallow")]
     assert len({run.path for run in runs}) == len(runs)
 
 
-def test_tables_and_figure(folder: Path) -> None:
-    for own in (SHALLOW_HBP, DEEP_HBP):
-        for seed in range(3):
-            pretend(replace(own, seed=seed), [0.3, 0.46, 0.52 if seed else 0.49])
-        for method in accuracy.RATES:
-            for run in grid(own, method):
-                pretend(run, [0.2, 0.3, 0.46])
-    for run in set(wanted()):
-        if run.result() is None:
-            pretend(run, [0.2, 0.3, 0.3])
-    accuracy.collect()
+def test_tables_and_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"shallow": [4, 6, 6, 4], "deep": [4, 6, 6, 6, 4]}
+    monkeypatch.setattr(accuracy, "SIZES", sizes)
+    for method in METHODS:
+        for run in trials("shallow", method):
+            pretend(run, [0.4 if run.falls else 0.3])
+    accuracy.collect(tiny_data())
+    assert not accuracy.RESULT.exists()
+    for run in wanted("shallow"):
+        if not run.trial:
+            hbp = run.method == "hbp"
+            pretend(run, [0.1, 0.2, 0.51 + run.seed / 100 if hbp else 0.4])
+    accuracy.collect(tiny_data())
     report = json.loads(accuracy.RESULT.read_text("utf-8"))
-    shallow, deep = draw.times(report).split("\n\n")
-    # 45 % after 2 epochs or 4 s with all seeds, 50 % after 3 with two of them.
-    assert "| HBP, 0.15 | 2 (3) | 4 (3) | 3 (2) | 6 (2) | 0.520 |" in shallow
-    assert "0.0003 | 3 (1) | 6 (1) | never (0) | never (0) | 0.300 |" in shallow
-    # Two rows of heading, HBP with two learning rates, Adam, SGD.
-    assert deep.count("\n") == 2 + 2 + 1 + 1
-    assert draw.finals(report)["deep", "hbp"][0]["lr"] == DEEP_HBP.lr
-    assert draw.grid(report).count("\n") == 2 + 3 + 6 + 3 + 2 * 2
+    race = draw.race(report)
+    assert race.count("\n") == 2 + len(METHODS)
+    assert "| HBP | 0.15, α 0.05, falls | 10.0 (10.0–10.0) |" in race
+    assert "| 52.0 (51.0–53.0) | 52.0 (51.0–53.0) | " in race
+    assert race.splitlines()[-1].endswith("| 1.00 |")
+    assert set(report["costs"]) == {"shallow"}
+    assert min(report["costs"]["shallow"].values()) > 0
+    assert draw.grid(report).count("\n") == 2 + len(METHODS)
+    assert "0.3 of the length, α 0.01, stays: 30.0" in draw.grid(report)
     draw.main(accuracy.RESULT.parent)
     assert (accuracy.RESULT.parent / "curves.svg").exists()
 
@@ -105,6 +186,35 @@ def test_committed_tables_are_those_of_the_committed_runs() -> None:
         report = json.loads((draw.FOLDER / f"{name}.json").read_text("utf-8"))
         for page, text in pages.items():
             assert (draw.FOLDER / f"{page}.md").read_text("utf-8") == text(report)
+
+
+def test_what_the_page_says_of_the_race() -> None:
+    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
+    runs = draw.by_network(report, trial=False)["shallow"]
+    test = {
+        method: [fmean(run["log"][e]["test"] for run in of) for e in range(3)]
+        for method, of in runs.items()
+    }
+    for e in range(3):
+        ranked = sorted(test, key=lambda method: -test[method][e])
+        assert ranked[:2] == ["muon", "hbp-inputs"]
+    assert ranked == ["muon", "hbp-inputs", "hbp", "centred", "adamw", "sgd"]
+    assert 0 < test["hbp"][2] - test["centred"][2] < 0.02
+    cost = report["costs"]["shallow"]
+
+    def reached(method: str, time: float) -> float:
+        """On the straight line between two epochs."""
+        whole = int(time / cost[method])
+        if not 1 <= whole <= 3:
+            return 0.0
+        low, high = test[method][whole - 1], test[method][min(whole, 2)]
+        return low + (time / cost[method] - whole) * (high - low)
+
+    for time, winner in [(cost["adamw"], "adamw"), (3 * cost["centred"], "centred")]:
+        assert max(cost, key=lambda method: reached(method, time)) == winner
+    largest = {"muon": 0.05, "centred": 10.0}
+    assert largest == {m: max(s.lr for s in METHODS[m]) for m in largest}
+    assert largest == {m: runs[m][0]["lr"] for m in largest}
 
 
 def test_what_the_page_says_of_the_paper_s_row() -> None:
