@@ -15,7 +15,7 @@
 # A second-order step knows more than a gradient step, and costs more.
 # What exactly does it know, and is that worth its price? First we
 # look at what the curvature of tutorial 02 can see at all. Then we
-# race four optimizers over two networks, on equal terms:
+# race four optimizers over two networks:
 #
 # - **HBP**: `CGNewton` with Hessian backpropagation,
 # - **centred SGD**, which has no curvature, only the one insight that
@@ -114,9 +114,7 @@ print("Every colour has mean 0 and deviation 1.")
 # Both networks are stacks of linear layers and sigmoids, written in
 # plain PyTorch. Weights start from Xavier's distribution, biases from
 # zero. With the same seed, all optimizers start from the same place
-# and see the same batches in the same order: of 100 images. On the
-# small stand-in data of a quick run there are fewer in a batch, and
-# no layer is wider than 256.
+# and see the same batches in the same order.
 
 
 # %%
@@ -137,9 +135,8 @@ def network(sizes, between=nn.Sigmoid):
 
 
 # %% [markdown]
-# A step takes a batch, and returns the model's outputs. For HBP we
-# convert the model: `convert` replaces each layer by one that knows
-# how to send curvature backward, and shares its parameters.
+# A step takes a batch, and returns the model's outputs. For HBP,
+# `convert` replaces each layer by one that sends curvature backward.
 
 # %%
 loss_func = nn.CrossEntropyLoss()
@@ -439,8 +436,7 @@ for count in [100, 500]:
 # A step of HBP costs more, and the smaller the batch, the more so:
 # curvature is averaged over the batch before it flows backward, so
 # its price does not depend on the batch, while that of the rest
-# shrinks with it. The [performance page](../docs/performance.md) has
-# careful measurements.
+# shrinks with it.
 #
 # ## A shallow network
 #
@@ -468,8 +464,7 @@ draw(shallow_logs)
 # %% [markdown]
 # All four learn. HBP is ahead at the end, but not by much, and
 # centred SGD, which knows nothing of curvature, is close to it all
-# the way. Look at the panels on the right, too: by the clock, the
-# race is closer, and it depends on what you count as the goal.
+# the way. By the clock, on the right, the race is closer still.
 
 
 # %%
@@ -561,11 +556,11 @@ if not quick():
     print("On CIFAR-10, HBP has overtaken it at the end.")
 
 # %% [markdown]
-# So a block that knows more directions does fit the data sooner. That
-# is curvature at work, and centring can't do it. Whether it pays is
-# another question: the network soon memorises, so that the lead on
-# the test images is gone after a few epochs, and for each weight such
-# a step solves one system per image of the batch.
+# So a block that knows more directions does fit the data sooner, as
+# centring can't. Whether it pays is another question: the network
+# soon memorises, so that the lead on the test images is gone after a
+# few epochs, and for each weight such a step solves one system per
+# image of the batch.
 
 # %% [markdown]
 # ### Where many directions are steep
@@ -619,11 +614,10 @@ assert min(steep["ReLU"]) > 10
 print("With tanh and with ReLU there are many in every one.")
 
 # %% [markdown]
-# So with sigmoids the mean input is about all there is to be seen,
-# and a block that knows it alone knows nearly everything. Now take
-# the steps of the race above, with the same rates, to the network
-# with tanh. One is new: `CGNewton` without any rate, which measures
-# the curvature along each step, and goes as far as that allows.
+# So with sigmoids the mean input is about all there is to be seen.
+# Now take the steps of the race, with the same rates, to the network
+# with tanh. One is new: `CGNewton` without a rate, which goes as far
+# as the curvature along its step allows.
 #
 # **Predict.** Which of them holds?
 
@@ -701,22 +695,19 @@ assert end(with_tanh["HBP, own length"]) < 2.3
 print("So does the first, if it measures how far it may go.")
 
 # %% [markdown]
-# Here one sees what curvature is for. With hundreds of steep
-# directions it is no use to hold one of them back: in the others, the
-# rate of $\mathrm{lr} / \alpha = 3$ is far too high, with curvature
-# or without. A block that knows them all holds each one back as much
-# as it needs. And the curvature along the step, a single number, is
-# enough to know that a step would be too long, whatever the blocks
-# have missed: [When a training diverges](../docs/diverges.md) has
-# more of that.
+# This is what curvature is for. Where hundreds of directions are
+# steep, it is no use to hold back one: in the others, the rate of
+# $\mathrm{lr} / \alpha = 3$ is far too high. A block that knows them
+# all holds each one back as much as it needs. And the curvature along
+# the step, a single number, tells that a step would be too long,
+# [whatever the blocks have missed](../docs/diverges.md).
 
 # %% [markdown]
 # ## A deep network
 #
 # Eight linear layers, each narrower than the one before it. The
 # gradient has to pass seven sigmoids on its way back, and each takes
-# at least three quarters of it. This is where the original paper
-# tried its method, too.
+# at least three quarters of it.
 #
 # The damping is smaller now. In the first layers, both gradient and
 # curvature are tiny, and $\mathrm{lr} / \alpha$ is the fastest that a
@@ -792,14 +783,11 @@ else:
 # ## So what is curvature for, and when does it pay?
 #
 # - On both networks, most of what the step with averaged Jacobians
-#   wins is centring, and centring alone is cheaper. If your network
-#   is one of these, it may be all that you need.
+#   wins is centring, and centring alone is cheaper.
 # - What HBP adds is that nobody had to know it. It finds by itself
 #   which directions are steep in which layer, and how much, at every
 #   step. Centred SGD freezes the mean input also where the loss is
 #   flat along it, and its rate had to come from somewhere.
-# - The price of curvature does not grow with the batch, so it pays
-#   sooner where batches are large, or where epochs are dear.
 # - A block that knows one direction can't do more than this. With
 #   averaged products it knows more, and fits the data in fewer steps,
 #   each of which takes longer. Where many directions are steep, as
