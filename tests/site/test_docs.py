@@ -282,17 +282,17 @@ class TestNotebookHook:
     @pytest.mark.parametrize(
         ("site", "expected"),
         [
-            ("", "two\nwords, d, [f](https://a.org/b.md) and [g](#h)"),
+            ("", "two\nwords, d, [f](https://arxiv.org/b.md) and [g](#h)"),
             (
-                "https://a.org/hbp/",
-                "[two\nwords](https://a.org/hbp/tutorials/02_b/#c), "
-                "[d](https://a.org/hbp/api/b/), [f](https://a.org/b.md) and [g](#h)",
+                "https://arxiv.org/hbp/",
+                "[two\nwords](https://arxiv.org/hbp/tutorials/02_b/#c), "
+                "[d](https://arxiv.org/hbp/api/b/), [f](https://arxiv.org/b.md) and [g](#h)",
             ),
         ],
     )
     def test_a_notebook_alone(self, site: str, expected: str, tmp_path: Path) -> None:
         words = "[two\nwords](02_b.ipynb#c), [d](../docs/api/b.md), "
-        cell = new_markdown_cell(words + "[f](https://a.org/b.md) and [g](#h)")
+        cell = new_markdown_cell(words + "[f](https://arxiv.org/b.md) and [g](#h)")
         nbformat.write(new_notebook(cells=[cell]), tmp_path / "01_a.ipynb")
         found = nbformat.reads(self.hook.alone(tmp_path / "01_a.ipynb", site), 4)
         assert found.cells[0].source == expected
