@@ -286,7 +286,8 @@ class TestNotebookHook:
             (
                 "https://arxiv.org/hbp/",
                 "[two\nwords](https://arxiv.org/hbp/tutorials/02_b/#c), "
-                "[d](https://arxiv.org/hbp/api/b/), [f](https://arxiv.org/b.md) and [g](#h)",
+                "[d](https://arxiv.org/hbp/api/b/), "
+                "[f](https://arxiv.org/b.md) and [g](#h)",
             ),
         ],
     )
