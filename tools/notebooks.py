@@ -85,7 +85,7 @@ def tidy(notebook: NotebookNode) -> None:
     for number, cell in enumerate(notebook.cells, start=1):
         cell.id = f"cell-{number:02d}"
         cell.metadata.pop("execution", None)
-        # The first folds the source in Colab, the second in Jupyter.
+        # cellView folds the source in Colab, source_hidden in Jupyter.
         if cell.source.startswith("# @title"):
             cell.metadata.update(cellView="form")
         if "solution" in cell.metadata.get("tags", []):

@@ -581,7 +581,7 @@ if not quick():
 def count_steep(between, alpha=0.01):
     counts = []
     for top, x, _ in look(shallow, between):
-        # The smaller one of two that have the same eigenvalues.
+        # The smaller of two that share all eigenvalues but 0.
         products = x @ x.T if len(x) < x.shape[1] else x.T @ x
         eigenvalues = torch.linalg.eigvalsh(products) / len(x)
         counts.append((top * eigenvalues > alpha).sum().item())

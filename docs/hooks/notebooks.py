@@ -58,14 +58,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(TUTORIALS.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         minutes = minutes_to_read(notebook)
-        record = notebook.metadata.get("hbp", {})
         page, figures = render(notebook, path.stem)
+        record = notebook.metadata.get("hbp", {})
         runs = {key: run for key, run in record.items() if key != "code"}
-        notebook = alone(path, config.site_url or "").encode()
-        archive = zipped(path.name, notebook)
+        download = alone(path, config.site_url or "").encode()
+        archive = zipped(path.name, download)
         page = with_header(page, path.stem, runs, minutes, bool(archive))
         script = path.with_suffix(".py")
-        downloads = {path.name: notebook, script.name: script.read_bytes()}
+        downloads = {path.name: download, script.name: script.read_bytes()}
         if archive:
             downloads[f"{path.stem}.zip"] = archive
         for name, content in {f"{path.stem}.md": page, **figures, **downloads}.items():
