@@ -49,7 +49,7 @@ def by_network(report: Json, trial: bool) -> dict[str, dict[str, list[Json]]]:
 def setting(run: Json) -> str:
     """What trials choose, in words."""
     alpha = "" if run["alpha"] is None else f", α {run['alpha']}"
-    rate = f"{run['lr']} of the length" if run["free"] else str(run["lr"])
+    rate = f"at most {run['lr']}" if run["free"] else str(run["lr"])
     return f"{rate}{alpha}, {'falls' if run['falls'] else 'stays'}"
 
 

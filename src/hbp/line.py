@@ -11,7 +11,7 @@ u is what a forward pass of d through the layers' own rules leaves at the output
 (Pearlmutter 1994), and H_n u_n is one second derivative of the loss, in one direction.
 So the step ends at the minimum of the Gauss-Newton model on its line (Martens & Grosse
 2015, section 6.4), and promises no more than the loss has above its lower bound; see
-eq-length.
+eq-length. It goes no further than ``lr`` says: all of this is one batch's opinion.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ from hbp.core.module import HBPModule, drop_curvature
 from hbp.distributed import average
 from hbp.losses import hessian_and_gradient, nodes_of, places_of
 
-DAMPING: Final = 0.1
+DAMPING: Final = 0.01
 """α where none is given."""
+
+LONGEST: Final = 0.1
+"""lr where none is given. The minimum along a step is that of one batch and its noise;
+who goes a tenth of the way each time goes to the mean of the last ten."""
 
 NO_DIGITS: Final = torch.finfo(torch.float32).eps
 """A slope that a loss at its bound does not show: softmax cross-entropy is the
@@ -311,11 +315,11 @@ class LineInfo:
     """What was known of the loss along the last step, of all parameters together.
 
     Attributes:
-        length: s, by which the Newton steps of all blocks were multiplied.
+        length: s ≤ lr, by which the Newton steps of all blocks were multiplied.
         slope: -gᵀd, how fast the loss falls at first; d is the step for s = 1.
         curvature: dᵀGd.
-        promised_decrease: how far the exact Gauss-Newton model falls for the step
-            lr·s·d, in units of the loss.
+        promised_decrease: how far the exact Gauss-Newton model falls for the step s·d,
+            in units of the loss.
         loss: The loss from which the step started.
     """
 
@@ -333,18 +337,18 @@ class CGNewton(newton.CGNewton):
 
     For each parameter θ with gradient g and curvature H = ``p.hessian``,
 
-        [(1-α)H + αI] d = -g,        θ ← θ + lr · s · d
+        [(1-α)H + αI] d = -g,        θ ← θ + s · d
 
     ([a step][eq-newton] of Dangel, Harmeling & Hennig 2020). The solver, and what makes
     it fast, is that of ``hbp.core.newton.CGNewton``.
 
     *Without a learning rate* s is one number for all parameters: the step ends where
-    the Gauss-Newton model along it has its [minimum][eq-length], and promises no more
-    than the loss has above its lower bound. ``lr`` is then a factor on it, 1 at first,
+    the Gauss-Newton model along it has its [minimum][eq-length], promises no more than
+    the loss has above its lower bound, and is no longer than ``lr``, 0.1 at first,
     which schedulers may lower. ``hbp.backward(model, outputs, loss)`` has to come
     before each step. Clipped gradients make the step shorter.
 
-    *With a learning rate* s = 1, as in the original. Then a step that promises more
+    *With a learning rate* s = lr, as in the original. Then a step that promises more
     than the loss has is a warning, once, where ``hbp.backward`` told what the loss is.
 
     A step is all or nothing: every system is solved before any parameter moves. It uses
@@ -356,7 +360,9 @@ class CGNewton(newton.CGNewton):
     Args:
         params: Parameters, or dicts of parameter groups. Each option below but
             ``adaptive_lr`` can be set per group.
-        lr: Learning rate, not negative; ``None`` for lengths from the curvature.
+        lr: Learning rate, not negative; ``None`` for lengths from the curvature, at
+            most 0.1. Where all data are one batch, whose minimum is the one to go to,
+            ``lr=1.0, adaptive_lr=True`` is faster.
         alpha: Damping α in [0, 1].
         cg_atol: Absolute tolerance on the residual, not negative.
         cg_tol: Tolerance on the residual relative to ‖g‖, positive; ``None`` for 0.1
@@ -364,7 +370,7 @@ class CGNewton(newton.CGNewton):
         cg_maxiter: At most this many products, in each part; ``None`` for ten times
             the number of unknowns.
         solver: ``"cg"`` or ``"direct"``.
-        trust_radius: Bound on ‖d‖ of each parameter, before lr and s, by Steihaug's
+        trust_radius: Bound on ‖d‖ of each parameter, before s, by Steihaug's
             method; ``None`` for no bound. Only with ``solver="cg"``.
         weight_decay: θ ← (1 - lr·weight_decay) θ before each step (decoupled, as in
             ``torch.optim.AdamW``, whose lr is far below 1).
@@ -396,7 +402,7 @@ class CGNewton(newton.CGNewton):
         self._warned = False
         super().__init__(
             params,
-            1.0 if lr is None else lr,
+            LONGEST if lr is None else lr,
             alpha,
             cg_atol,
             (0.1 if free else 1e-5) if cg_tol is None else cg_tol,
@@ -439,7 +445,7 @@ class CGNewton(newton.CGNewton):
         if is_number(options["lr"]) and options["lr"] * decay >= 1:
             raise ValueError(
                 f"weight_decay={decay!r} at lr={options['lr']!r} would shrink weights "
-                "to less than nothing. lr is 1 where the length is found: 1e-4 is much."
+                "to less than nothing. AdamW's default is 1e-2."
             )
         if not all(group["adaptive_lr"] is free for group in self.param_groups):
             raise ValueError(
@@ -453,8 +459,10 @@ class CGNewton(newton.CGNewton):
             step.info(step.lr)  # It raises unless there is a solution.
         self.last_line = None
         if steps and self.param_groups[0]["adaptive_lr"]:
-            steps = [_formed(step) for step in steps]
-            self.last_line = _along(steps)
+            longest = max(step.lr for step in steps)
+            # The groups' factors belong to the direction, all but the largest.
+            steps = [_formed(s)._replace(lr=s.lr / (longest or 1.0)) for s in steps]
+            self.last_line = _along(steps, longest)
             steps = [s._replace(lr=s.lr * self.last_line.length) for s in steps]
         elif steps and vars(steps[0].equation.parameter).get("line"):
             self._warned = self._warned or _warn_of_a_promise(steps)
@@ -479,13 +487,12 @@ def _formed(step: newton._Step) -> newton._Step:
     return step._replace(equation=step.equation._replace(system=system), y=d)
 
 
-def _along(steps: Sequence[newton._Step]) -> LineInfo:
-    """What is known of the loss along a step.
+def _along(steps: Sequence[newton._Step], longest: float) -> LineInfo:
+    """What is known of the loss along a step, of at most this length.
 
     Raises:
         RuntimeError: nobody told the loss.
-        ArithmeticError: it has no curvature and no bound along the step, or is not
-            finite.
+        ArithmeticError: it is not finite.
     """
     lines = _lines(steps)
     if not lines:
@@ -494,11 +501,9 @@ def _along(steps: Sequence[newton._Step]) -> LineInfo:
             "which it knows nothing, or no longer. Call hbp.backward(model, outputs, "
             "loss) before step(), for one optimizer; or give CGNewton an lr."
         )
-    # The groups' factors belong to the direction, all but the largest.
-    largest = max(step.lr for step in steps) or 1.0
     moves: dict[Tensor, Tensor] = {}
     for step in steps:
-        d = step.y if step.lr == largest else step.y * (step.lr / largest)
+        d = step.y if step.lr == 1 else step.y * step.lr
         moves[step.equation.parameter] = d
     gradients = [(p.grad, d) for p, d in moves.items() if p.grad is not None]
     slopes = [-torch.dot(g.flatten(), d) for g, d in gradients]
@@ -510,16 +515,10 @@ def _along(steps: Sequence[newton._Step]) -> LineInfo:
             f"No step was taken; along it the loss {loss} has slope {-slope} and "
             f"curvature {curvature}. Check the loss, or scale it down."
         )
-    length = _length(slope, curvature, loss - sum(line.bound for line in lines))
-    if length == math.inf:
-        raise ArithmeticError(
-            f"No step was taken: along it the loss has the curvature {curvature:.3g}, "
-            "and it is not above its lower bound, so that no length is the best. Pass "
-            "hbp.backward a lower_bound that is one, or give CGNewton an lr."
-        )
-    s = length * largest
+    room = loss - sum(line.bound for line in lines)
+    s = min(_length(slope, curvature, room), longest)
     promise = s * slope - s * s / 2 * curvature
-    return LineInfo(length, slope, curvature, promise, loss)
+    return LineInfo(s, slope, curvature, promise, loss)
 
 
 def _lines(steps: Sequence[newton._Step]) -> set[Line]:

@@ -58,7 +58,7 @@ class Setting:
     """What is chosen by trials.
 
     Args:
-        lr: Learning rate at first; a factor on the length of the step where ``free``.
+        lr: Learning rate at first; the longest step where ``free``.
         alpha: Damping of a Newton step.
         free: Whether CGNewton finds the length of its step.
     """
@@ -68,7 +68,8 @@ class Setting:
     free: bool = False
 
 
-NEWTON = [Setting(0.15, 0.05), Setting(0.1, 0.01), Setting(0.3, 0.01, free=True)]
+# The last one is what CGNewton does if nothing is chosen.
+NEWTON = [Setting(0.15, 0.05), Setting(0.1, 0.01), Setting(0.1, 0.01, free=True)]
 METHODS = {
     "hbp": NEWTON,
     "hbp-inputs": NEWTON,

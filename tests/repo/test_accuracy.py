@@ -176,7 +176,7 @@ def test_tables_and_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(report["costs"]) == {"shallow"}
     assert min(report["costs"]["shallow"].values()) > 0
     assert draw.grid(report).count("\n") == 2 + len(METHODS)
-    assert "0.3 of the length, α 0.01, stays: 30.0" in draw.grid(report)
+    assert "at most 0.1, α 0.01, stays: 30.0" in draw.grid(report)
     draw.main(accuracy.RESULT.parent)
     assert (accuracy.RESULT.parent / "curves.svg").exists()
 
