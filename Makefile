@@ -150,7 +150,7 @@ bench-convolution: $(TESTS)  ## the recorded run of tutorial 05, a quarter of an
 
 bench-tested: $(TESTS)  ## the tables of "What is tested, and how", a quarter of an hour
 	mkdir -p build docs/assets/measured
-	for name in ordinary precision joint endurance suite; do \
+	for name in ordinary fitting precision joint endurance suite; do \
 	  PYTHONPATH=tests $(BIN)/python -m benchmarks.$$name > build/$$name.md && \
 	  mv build/$$name.md docs/assets/measured || exit 1; done
 

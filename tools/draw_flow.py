@@ -6,8 +6,9 @@ respect to the outputs of each layer, which is the block of its bias, and its
 eigenvalues beside α. For averaged Jacobians it also walks from block to block, one
 operation at a time.
 
-The page is a fragment, to be included in docs/flow.md. It shows itself without
-JavaScript; flow.js changes what is drawn. Run it as ``python tools/draw_flow.py``.
+The page is a fragment, included in docs/flow.md and on the home page, which say where
+its style and script are. It shows itself without JavaScript; flow.js changes what is
+drawn. Run it as ``python tools/draw_flow.py``.
 """
 
 from __future__ import annotations
@@ -386,7 +387,6 @@ def draw(flow: Flow) -> str:
     )
     data = json.dumps(stored, separators=(",", ":"), ensure_ascii=False)
     return f"""<figure class="flow" data-search-exclude>
-<link rel="stylesheet" href="../assets/flow/flow.css">
 {drawing(layers)}
 <form class="controls" hidden>
 {controls}
@@ -414,7 +414,6 @@ an entry is larger, on a scale of its own. Its largest entry, without sign, is b
 A negative entry has a minus. Dots: the eigenvalues on one scale, negative ones hollow
 and with a minus. In the shade below the line, α is larger.</figcaption>
 <script type="application/json" id="flow-numbers">{data}</script>
-<script src="../assets/flow/flow.js" defer></script>
 </figure>
 """
 
