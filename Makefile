@@ -148,7 +148,7 @@ bench-paper: $(TESTS)  ## train with the settings of the paper, half an hour
 bench-convolution: $(TESTS)  ## the recorded run of tutorial 05, a quarter of an hour
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.convolution_training
 
-bench-tested: $(TESTS)  ## the tables of "What is tested, and how", a quarter of an hour
+bench-tested: $(TESTS)  ## the tables of "What is tested, and how", half an hour
 	mkdir -p build docs/assets/measured
 	for name in ordinary fitting precision joint endurance suite; do \
 	  PYTHONPATH=tests $(BIN)/python -m benchmarks.$$name > build/$$name.md && \

@@ -487,9 +487,9 @@ assert end("exact") < 2.2 < end("SGD")
 assert min(end("averaged"), end("SGD")) > end("exact") + 0.1
 print("Exact products are off the plateau, averages and SGD behind.")
 
-# %%
-assert seconds["exact"] > 2 * seconds["SGD"]
-print("A step of exact products takes over twice as long as SGD's.")
+# %% tags=["nbval-ignore-output"]
+times = seconds["exact"] / seconds["SGD"]
+print(f"A step of exact products takes {times:.1f} times SGD's.")
 
 # %% [markdown]
 # What was counted here is steps. In the seconds that exact products

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from benchmarks import fitting
 from benchmarks.fitting import METHODS, NEWTON, SEEDS, TASKS, TRIAL_SEED, Outcome
+from helpers import ROOT
 
 SINE = TASKS["sine, one batch"]
 
@@ -53,3 +54,22 @@ def test_the_best_trial_trains_with_other_seeds(
         trials = [seed for name, seed, _ in calls if name == method]
         assert trials.count(TRIAL_SEED) == len(settings) == len(NEWTON)
     assert [c for c in calls if c[2]] == [("Adam", seed, 7.0) for seed in SEEDS]
+
+
+def test_what_the_page_says() -> None:
+    path = ROOT / "docs" / "assets" / "measured" / "fitting.md"
+    head, _, *rows = path.read_text("utf-8").splitlines()
+    assert [name for name in METHODS if name not in head] == []
+    table = {}
+    for row in rows:
+        name, *cells = row.strip("| ").split(" | ")
+        table[name] = [float(cell.split()[0]) for cell in cells]
+    assert [name.rpartition(",")[0] for name in table] == list(TASKS)
+    digits, autoencoder, diabetes, sine = table.values()
+    for losses in table.values():
+        adam, averaged, products, exact, longer = losses
+        assert exact < min(adam, averaged, products)
+    for *_, exact, longer in (digits, autoencoder):
+        assert longer < exact / 2
+    assert sine[-1] == sine[-2] == 0.01
+    assert diabetes[-2] < 1e-12 < 1e-6 < diabetes[-1]
