@@ -17,6 +17,8 @@ from benchmarks.accuracy import METHODS, Run, Setting, chosen, trials, wanted
 from helpers import ROOT, load
 from torch import Tensor
 
+from hbp import CGNewton
+
 pytest.importorskip("matplotlib")
 with patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]):
     draw = load(ROOT / "tools" / "draw_accuracy.py")
@@ -212,9 +214,39 @@ def test_what_the_page_says_of_the_race() -> None:
 
     for time, winner in [(cost["adamw"], "adamw"), (3 * cost["centred"], "centred")]:
         assert max(cost, key=lambda method: reached(method, time)) == winner
-    largest = {"muon": 0.05, "centred": 10.0}
-    assert largest == {m: max(s.lr for s in METHODS[m]) for m in largest}
-    assert largest == {m: runs[m][0]["lr"] for m in largest}
+
+
+def test_what_the_page_says_of_the_deep_race() -> None:
+    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
+    runs = draw.by_network(report, trial=False)["deep"]
+    ends = {m: fmean(run["log"][2]["test"] for run in of) for m, of in runs.items()}
+    *ranked, adamw, sgd = sorted(ends, key=lambda method: -ends[method])
+    assert ranked[:2] == ["muon", "centred"]
+    assert set(ranked[2:]) == {"hbp", "hbp-inputs"}
+    assert (adamw, sgd) == ("adamw", "sgd")
+    assert abs(ends["hbp"] - ends["hbp-inputs"]) < 0.01
+    assert ends["muon"] - ends["centred"] > 0.05
+    firsts = {m: [run["log"][0]["test"] for run in of] for m, of in runs.items()}
+    assert min(firsts["muon"]) > max(max(v) for m, v in firsts.items() if m != "muon")
+    assert max(run["log"][2]["test"] for run in runs["sgd"]) < 0.11
+    assert [accuracy < 0.11 for accuracy in firsts["hbp"]].count(True) == 1
+    cost = report["costs"]["deep"]
+    for method in set(runs) - {"centred"}:
+        for e in range(3):
+            if (e + 1) * cost[method] <= 3 * cost["centred"]:
+                best = max(run["log"][e]["test"] for run in runs[method])
+                assert best < ends["centred"]
+
+
+def test_what_the_page_says_was_chosen() -> None:
+    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
+    for network in ("shallow", "deep"):
+        runs = draw.by_network(report, trial=False)[network]
+        usual = CGNewton([torch.nn.Parameter(torch.ones(1))]).defaults
+        chosen = {key: runs["hbp"][0][key] for key in ("lr", "alpha", "free")}
+        assert chosen == {**{k: usual[k] for k in ("lr", "alpha")}, "free": True}
+        largest = {m: max(s.lr for s in METHODS[m]) for m in ("muon", "centred")}
+        assert largest == {m: runs[m][0]["lr"] for m in largest}
 
 
 def test_what_the_page_says_of_the_paper_s_row() -> None:
