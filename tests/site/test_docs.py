@@ -25,12 +25,19 @@ REPOSITORY = "https://github.com/somebody/hbp"  # for instance
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted([*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])]
+
+
+def examples_of(page: Path) -> list[str]:
+    """Each runs alone, or after the first one where it says so."""
+    found = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    after = "# After the first block.\n"
+    return [found[0] + code if code.startswith(after) else code for code in found]
+
+
 EXAMPLES = [
     pytest.param(code, id=f"{page.name}-{number}")
     for page in PAGES
-    for number, code in enumerate(
-        re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
-    )
+    for number, code in enumerate(examples_of(page))
 ]
 # Where a link may lead. Whatever is added here is a place that readers can reach.
 PUBLIC_HOSTS = {
