@@ -35,7 +35,9 @@ class LevenbergMarquardt:
 
     Where the optimizer finds the length of its steps itself, the model is not the sum
     over the blocks but the exact Gauss-Newton model along the step, whose decrease is
-    ``optimizer.last_line.promised_decrease``.
+    ``optimizer.last_line.promised_decrease``. A step that is short enough keeps that
+    promise whatever α is, so ρ is near 1 and α falls to ``min_alpha``: there is nothing
+    to gain. It is for optimizers with an lr.
 
     Growing damping leads to gradient descent with step length lr, not to a step of
     zero. So where an lr is given, gradient descent has to be stable with it.

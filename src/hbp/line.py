@@ -315,7 +315,8 @@ class LineInfo:
     """What was known of the loss along the last step, of all parameters together.
 
     Attributes:
-        length: s ≤ lr, by which the Newton steps of all blocks were multiplied.
+        length: s ≤ lr, by which the Newton steps of all blocks were multiplied; those
+            of a group with a smaller lr than the largest by as much less.
         slope: -gᵀd, how fast the loss falls at first; d is the step for s = 1.
         curvature: dᵀGd.
         promised_decrease: how far the exact Gauss-Newton model falls for the step s·d,
@@ -348,7 +349,7 @@ class CGNewton(newton.CGNewton):
     which schedulers may lower. ``hbp.backward(model, outputs, loss)`` has to come
     before each step. Clipped gradients make the step shorter.
 
-    *With a learning rate* s = lr, as in the original. Then a step that promises more
+    *With a learning rate* and no ``adaptive_lr`` s = lr, as in the original. Then a step that promises more
     than the loss has is a warning, once, where ``hbp.backward`` told what the loss is.
 
     A step is all or nothing: every system is solved before any parameter moves. It uses
@@ -361,8 +362,8 @@ class CGNewton(newton.CGNewton):
         params: Parameters, or dicts of parameter groups. Each option below but
             ``adaptive_lr`` can be set per group.
         lr: Learning rate, not negative; ``None`` for lengths from the curvature, at
-            most 0.1. Where all data are one batch, whose minimum is the one to go to,
-            ``lr=1.0, adaptive_lr=True`` is faster.
+            most 0.1. For another bound give ``adaptive_lr=True``, too; with all data
+            in one batch, whose minimum is the one to go to, that may be 1.
         alpha: Damping α in [0, 1].
         cg_atol: Absolute tolerance on the residual, not negative.
         cg_tol: Tolerance on the residual relative to ‖g‖, positive; ``None`` for 0.1

@@ -6,27 +6,58 @@ from typing import Any
 
 import pytest
 from benchmarks import fitting
-from benchmarks.fitting import METHODS, NEWTON, SEEDS, TASKS, TRIAL_SEED, Outcome
+from benchmarks.fitting import (
+    METHODS,
+    NEWTON,
+    RIVALS,
+    SEEDS,
+    TASKS,
+    TRIAL_SEED,
+    Outcome,
+    Task,
+)
 from helpers import ROOT
 
-SINE = TASKS["sine, one batch"]
+SINE, DIGITS = TASKS["sine, one batch"], TASKS["digits, ReLU"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns(method: str) -> None:
-    options = METHODS[method][-1]
-    before, after = (
-        fitting.train(fitting.Task(SINE.problem, steps), method, options, seed=0)
-        for steps in (1, 20)
-    )
-    assert after.loss < 0.9 * before.loss
-    assert after.steps == 20
+@pytest.mark.parametrize(("task", "share"), [(SINE, 0.9), (DIGITS, 0.5)])
+def test_methods_learn_and_differ(task: Task, share: float) -> None:
+    ends = {}
+    for method, settings in {**METHODS, **RIVALS}.items():
+        before, after = (
+            fitting.train(Task(task.problem, n, task.batch), method, settings[-1], 0)
+            for n in (1, 30)
+        )
+        assert after.steps == 30
+        assert method == "L-BFGS" or after.loss < share * before.loss
+        ends[method] = after.loss
+    assert len(set(ends.values())) == len(ends)
+    if task is SINE:
+        assert ends["exact"] < ends["E[xxᵀ]"] < ends["averaged"]
 
 
-def test_time_is_a_limit_too() -> None:
-    outcome = fitting.train(SINE, "Adam", {"lr": 1e-3}, seed=0, seconds=0.02)
-    assert outcome.seconds >= 0.02
-    assert outcome.steps > 1
+def test_in_a_given_time_the_rate_of_adam_falls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates: list[float] = []
+    plain = fitting.step_of
+
+    def spied(*arguments: Any) -> Any:
+        step, optimizer = plain(*arguments)
+
+        def observed(x: Any, y: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+            step(x, y)
+
+        return observed, optimizer
+
+    monkeypatch.setattr(fitting, "step_of", spied)
+    outcome = fitting.train(SINE, "Adam", {"lr": 1e-3}, seed=0, seconds=0.05)
+    assert outcome.seconds >= 0.05
+    assert rates[0] == 1e-3
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < rates[0]
 
 
 def test_the_best_trial_trains_with_other_seeds(
@@ -42,18 +73,18 @@ def test_the_best_trial_trains_with_other_seeds(
         seconds: float | None = None,
     ) -> Outcome:
         calls.append((method, seed, seconds))
-        best = options == METHODS[method][2]
+        best = options == {**METHODS, **RIVALS}[method][2]
         return Outcome(1.0 + seed if best else 900.0, 7.0, 42)
 
     monkeypatch.setattr(fitting, "train", pretended)
-    cells = fitting.row("a task", SINE).split(" | ")
+    cells = fitting.row("a task", SINE).strip("| ").split(" | ")
     assert cells[1] == "2 (7.0 s; 0.01)"
     assert cells[4] == "2 (7.0 s; 1, 0.01)"
-    assert cells[5] == "2 (42 steps) |"
-    for method, settings in METHODS.items():
-        trials = [seed for name, seed, _ in calls if name == method]
-        assert trials.count(TRIAL_SEED) == len(settings) == len(NEWTON)
-    assert [c for c in calls if c[2]] == [("Adam", seed, 7.0) for seed in SEEDS]
+    assert cells[5:] == ["2 (42 steps; 0.01)", "2 (42 steps; 30)"]
+    for method, seconds in [(m, None) for m in METHODS] + [(m, 7.0) for m in RIVALS]:
+        seeds = [seed for name, seed, t in calls if (name, t) == (method, seconds)]
+        assert seeds == [TRIAL_SEED] * len(NEWTON) + list(SEEDS)
+    assert fitting.row("a task", DIGITS).endswith(" | – |")
 
 
 def test_what_the_page_says() -> None:
