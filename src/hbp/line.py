@@ -349,8 +349,9 @@ class CGNewton(newton.CGNewton):
     which schedulers may lower. ``hbp.backward(model, outputs, loss)`` has to come
     before each step. Clipped gradients make the step shorter.
 
-    *With a learning rate* and no ``adaptive_lr`` s = lr, as in the original. Then a step that promises more
-    than the loss has is a warning, once, where ``hbp.backward`` told what the loss is.
+    *With a learning rate* and no ``adaptive_lr`` s = lr, as in the original. Then a
+    step that promises more than the loss has is a warning, once, where ``hbp.backward``
+    told what the loss is.
 
     A step is all or nothing: every system is solved before any parameter moves. It uses
     the curvature up: ``p.hessian`` and what the layers kept of the batch are gone then.
