@@ -617,7 +617,7 @@ print("With tanh and with ReLU there are many in every one.")
 # So with sigmoids the mean input is about all there is to be seen.
 # Now take the steps of the race, with the same rates, to the network
 # with tanh. One is new: `CGNewton` without a rate, which goes as far
-# as the curvature along its step allows, but at most a tenth of it.
+# as the curvature along its step allows, up to a tenth of the step.
 #
 # **Predict.** Which of them holds?
 
