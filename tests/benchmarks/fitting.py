@@ -1,4 +1,4 @@
-"""Where exact blocks pay: four small problems, by steps and by seconds.
+"""What exact blocks buy: four small problems, by steps and by seconds.
 
     PYTHONPATH=tests python -m benchmarks.fitting
 
