@@ -61,22 +61,21 @@ def spread(values: list[float]) -> str:
 
 def race(report: Json) -> str:
     """Accuracies on the test images, and what an epoch costs."""
-    pages = []
-    for network, methods in by_network(report, trial=False).items():
-        epochs = range(methods["sgd"][0]["epochs"])
-        rows = [
-            [
-                METHODS[method],
-                setting(runs[0]),
-                *(spread([run["log"][e]["test"] for run in runs]) for e in epochs),
-                spread([run["log"][-1]["averaged"] for run in runs]),
-                short(report["costs"][network][method]),
-            ]
-            for method, runs in methods.items()
+    networks = by_network(report, trial=False)
+    epochs = range(next(iter(networks.values()))["sgd"][0]["epochs"])
+    rows = [
+        [
+            f"{network}, {METHODS[method]}",
+            setting(runs[0]),
+            *(spread([run["log"][e]["test"] for run in runs]) for e in epochs),
+            spread([run["log"][-1]["averaged"] for run in runs]),
+            short(report["costs"][network][method]),
         ]
-        head = [network, "learning rate", *(f"epoch {e + 1}" for e in epochs)]
-        pages.append(table([*head, "averaged", "time of a step, × SGD"], rows))
-    return "\n".join(pages)
+        for network, methods in networks.items()
+        for method, runs in methods.items()
+    ]
+    head = ["", "learning rate", *(f"epoch {e + 1}" for e in epochs)]
+    return table([*head, "averaged", "time of a step, × SGD"], rows)
 
 
 def grid(report: Json) -> str:

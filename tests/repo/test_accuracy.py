@@ -172,7 +172,7 @@ def test_tables_and_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     report = json.loads(accuracy.RESULT.read_text("utf-8"))
     race = draw.race(report)
     assert race.count("\n") == 2 + len(METHODS)
-    assert "| HBP | 0.15, α 0.05, falls | 10.0 (10.0–10.0) |" in race
+    assert "| shallow, HBP | 0.15, α 0.05, falls | 10.0 (10.0–10.0) |" in race
     assert "| 52.0 (51.0–53.0) | 52.0 (51.0–53.0) | " in race
     assert race.splitlines()[-1].endswith("| 1.00 |")
     assert set(report["costs"]) == {"shallow"}
