@@ -6,8 +6,9 @@
 The archives hold the files of this working tree, byte for byte, and nothing else.
 Their metadata are valid and say what `pyproject.toml` says. A second build, from the
 unpacked source distribution, gives the same bytes. In an environment with torch and
-nothing else the wheel installs, the README's example runs, a figure asks for
-matplotlib, and a type checker sees the types. `make check-dist` runs this.
+nothing else the wheel installs and takes a step, a figure asks for matplotlib, and a
+type checker sees the types; beside scikit-learn, whose digits it takes, the README's
+example runs. `make check-dist` runs this.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ ABOUT = ("LICENSE", "README.md", "pyproject.toml")
 # Hatchling adds it, so that a build from the archive leaves out the same files.
 ADDED = (".gitignore",)
 
-# Run after the README's example, in the environment that has torch and nothing else.
-AFTERWARDS = """
+# Run in the environment that has torch and nothing else.
+ALONE = """
 import pathlib, sys
-import hbp
+import hbp, torch
 
 assert pathlib.Path(hbp.__file__).is_relative_to(sys.prefix), hbp.__file__
+layer = hbp.HBPLinear(2, 3)
+outputs = layer(torch.rand(5, 2))
+hbp.backward(layer, outputs, outputs.square().mean())
+hbp.CGNewton(layer.parameters()).step()
 try:
     import hbp.tutorial.plotting
 except ImportError as error:
@@ -183,15 +188,18 @@ def wrong_in_use(wheel: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as temporary:
         machine = Path(temporary) / "machine"
         python = machine / "bin" / "python"
-        script = Path(temporary) / "trial.py"
-        script.write_text("\n".join([*examples, AFTERWARDS]), "utf-8")
+        alone, trial = Path(temporary) / "alone.py", Path(temporary) / "trial.py"
+        alone.write_text(ALONE, "utf-8")
+        trial.write_text("\n".join(examples), "utf-8")
         into = ["--quiet", "--python", str(python)]
         for command in (
             [*UV, "venv", "--quiet", "--python", sys.executable, str(machine)],
             [*UV, "pip", "install", *into, *pins, str(wheel)],
             [*UV, "pip", "check", *into],
             # Isolated: neither this working tree nor its environment is seen.
-            [str(python), "-I", str(script)],
+            [str(python), "-I", str(alone)],
+            [*UV, "pip", "install", *into, *pins, "scikit-learn"],  # for its digits
+            [str(python), "-I", str(trial)],
         ):
             done = subprocess.run(
                 command, cwd=temporary, capture_output=True, text=True
