@@ -260,7 +260,7 @@ def main() -> None:
         "metadata of the wheel": wrong_metadata(metadata, ROOT, version),
         "metadata of the source distribution": wrong_metadata(info, ROOT, version),
         "a second build": wrong_second_build(wheel, sdist),
-        "the wheel in use, with torch alone": wrong_in_use(wheel),
+        "the wheel in use": wrong_in_use(wheel),
     }
     failed = False
     for name, problems in checks.items():

@@ -279,3 +279,23 @@ def test_a_step_that_was_foretold_to_climb_is_judged_too() -> None:
     assert adapter.step(0.5, 2.0) == pytest.approx(1.0)
     assert p.item() == 0
     assert optimizer.param_groups[0]["alpha"] == pytest.approx(0.5 / 1.5)
+
+
+def test_where_lengths_are_found_nothing_is_left_to_adapt() -> None:
+    """Steps keep their promise whatever α is, so that α falls to its lower bound."""
+    torch.manual_seed(0)
+    model = hbp.convert(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+    x, y = torch.randn(60, 6), torch.randint(3, (60,))
+    optimizer = CGNewton(model.parameters())
+    damping, ratios = LevenbergMarquardt(optimizer, min_alpha=1e-5), []
+    for _ in range(40):
+        outputs = model(x)
+        loss = nn.functional.cross_entropy(outputs, y)
+        optimizer.zero_grad()
+        hbp.backward(model, outputs, loss)
+        optimizer.step()
+        with torch.no_grad():
+            after = nn.functional.cross_entropy(model(x), y)
+        ratios.append(damping.step(loss, after))
+    assert min(ratios) > 3 / 4
+    assert optimizer.param_groups[0]["alpha"] == 1e-5

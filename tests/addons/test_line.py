@@ -10,6 +10,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -423,19 +424,26 @@ def test_a_loss_without_curvature_goes_as_far_as_its_bound_or_lr_allows() -> Non
     assert optimizer.last_line.length == 1e3
 
 
+# The usual bound, and, without one, the damping with which three steps reach 0 sooner.
+UNBOUNDED = {"lr": 1e9, "alpha": 0.1, "cg_tol": 0.1, "adaptive_lr": True}
+
+
+@pytest.mark.parametrize(("options", "zero_from"), [({}, 18), (UNBOUNDED, 17)])
 @pytest.mark.parametrize("gap", [16, 17, 18, 20, 25, 33, 41, 50, 60])
-def test_a_loss_of_zero_ends_no_training(gap: float) -> None:
+def test_a_loss_of_zero_ends_no_training(
+    gap: float, options: dict[str, Any], zero_from: float
+) -> None:
     """Softmax rounds it to 0 while there is a gradient, and curvature of any sign."""
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 4)))
     x, y = torch.randn(20, 4), torch.zeros(20, dtype=torch.long)
     with torch.no_grad():
         model.get_parameter("2.bias")[0] += gap
-    optimizer = CGNewton(model.parameters(), cg_atol=0.0)
+    optimizer = CGNewton(model.parameters(), cg_atol=0.0, **options)
     for _ in range(3):
         loss = one_step(optimizer, model, x, y)
         assert 0 <= loss < 1e-5
-    assert gap <= 17 or loss == 0
+    assert gap < zero_from or loss == 0
     line = optimizer.last_line
     assert line is not None
     assert (line.length == 0) == (loss == 0)

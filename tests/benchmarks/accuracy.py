@@ -68,7 +68,7 @@ class Setting:
     free: bool = False
 
 
-# The last one is what CGNewton does if nothing is chosen.
+# The last one has the numbers of CGNewton if nothing is chosen.
 NEWTON = [Setting(0.15, 0.05), Setting(0.1, 0.01), Setting(0.1, 0.01, free=True)]
 METHODS = {
     "hbp": NEWTON,

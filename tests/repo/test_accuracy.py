@@ -210,13 +210,17 @@ def leads_at(
     assert max(reached, key=lambda method: reached[method]) == winner
 
 
-def test_what_the_page_says_of_the_race() -> None:
-    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
-    runs = draw.by_network(report, trial=False)["shallow"]
-    test = {
+def means(runs: dict[str, list[Any]]) -> dict[str, list[float]]:
+    """Test accuracies after each epoch, of each method."""
+    return {
         method: [fmean(run["log"][e]["test"] for run in of) for e in range(3)]
         for method, of in runs.items()
     }
+
+
+def test_what_the_page_says_of_the_race() -> None:
+    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
+    test = means(draw.by_network(report, trial=False)["shallow"])
     for e in range(3):
         ranked = sorted(test, key=lambda method: -test[method][e])
         assert ranked[:2] == ["muon", "hbp-inputs"]
@@ -231,7 +235,8 @@ def test_what_the_page_says_of_the_race() -> None:
 def test_what_the_page_says_of_the_deep_race() -> None:
     report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
     runs = draw.by_network(report, trial=False)["deep"]
-    ends = {m: fmean(run["log"][2]["test"] for run in of) for m, of in runs.items()}
+    test = means(runs)
+    ends = {method: values[2] for method, values in test.items()}
     *ranked, adamw, sgd = sorted(ends, key=lambda method: -ends[method])
     assert ranked[:2] == ["muon", "centred"]
     assert set(ranked[2:]) == {"hbp", "hbp-inputs"}
@@ -243,12 +248,8 @@ def test_what_the_page_says_of_the_deep_race() -> None:
     assert max(run["log"][2]["test"] for run in runs["sgd"]) < 0.11
     assert [accuracy < 0.11 for accuracy in firsts["hbp"]].count(True) == 1
     cost = report["costs"]["deep"]
-    means = {
-        method: [fmean(run["log"][e]["test"] for run in of) for e in range(3)]
-        for method, of in runs.items()
-    }
     others = {"hbp", "hbp-inputs", "adamw", "sgd"}
-    leads_at("centred", 3 * cost["centred"], means, cost, others)
+    leads_at("centred", 3 * cost["centred"], test, cost, others)
 
 
 def test_what_the_page_says_was_chosen() -> None:

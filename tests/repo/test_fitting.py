@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -31,7 +32,8 @@ def test_methods_learn_and_differ(task: Task, share: float) -> None:
             for n in (1, 30)
         )
         assert after.steps == 30
-        assert method == "L-BFGS" or after.loss < share * before.loss
+        if method != "L-BFGS" or not task.batch:  # It is not made for batches.
+            assert after.loss < share * before.loss
         ends[method] = after.loss
     assert len(set(ends.values())) == len(ends)
     if task is SINE:
@@ -54,11 +56,11 @@ def test_in_a_given_time_the_rate_of_adam_falls(
         return observed, optimizer
 
     monkeypatch.setattr(fitting, "step_of", spied)
-    outcome = fitting.train(SINE, "Adam", {"lr": 1e-3}, seed=0, seconds=0.05)
-    assert outcome.seconds >= 0.05
-    assert rates[0] == 1e-3
-    assert rates == sorted(rates, reverse=True)
-    assert 0 < rates[-1] < rates[0]
+    clock = itertools.count()  # Each step takes a second.
+    monkeypatch.setattr(fitting, "perf_counter", lambda: float(next(clock)))
+    outcome = fitting.train(SINE, "Adam", {"lr": 1e-3}, seed=0, seconds=4.0)
+    assert (outcome.steps, outcome.seconds) == (4, 4.0)
+    assert rates == [1e-3, 0.75e-3, 0.5e-3, 0.25e-3]
 
 
 def test_the_best_trial_trains_with_other_seeds(

@@ -14,7 +14,7 @@ from zipfile import ZipFile
 
 import nbformat
 import pytest
-from helpers import ROOT, load
+from helpers import COMPARED, ROOT, examples_of, load
 from mkdocs.exceptions import PluginError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -25,19 +25,11 @@ REPOSITORY = "https://github.com/somebody/hbp"  # for instance
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted([*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])]
-
-
-def examples_of(page: Path) -> list[str]:
-    """Each runs alone, or after the first one where it says so."""
-    found = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
-    after = "# After the first block.\n"
-    return [found[0] + code if code.startswith(after) else code for code in found]
-
-
 EXAMPLES = [
     pytest.param(code, id=f"{page.name}-{number}")
     for page in PAGES
-    for number, code in enumerate(examples_of(page))
+    for number, (code, shown) in enumerate(examples_of(page))
+    if not (shown and page.name in COMPARED)  # Those run in test_howto.
 ]
 # Where a link may lead. Whatever is added here is a place that readers can reach.
 PUBLIC_HOSTS = {
@@ -95,7 +87,7 @@ def test_examples_run(code: str) -> None:
 
 def test_there_are_examples() -> None:
     names = {str(example.id) for example in EXAMPLES}
-    assert {"README.md-0", "convert.md-0", "index.md-0"} <= names
+    assert {"uses.md-0", "convert.md-0", "index.md-0"} <= names
 
 
 def test_readme_links_lead_somewhere() -> None:

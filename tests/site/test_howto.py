@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 import torch
-from helpers import ROOT, close, small_batch, small_net
+from helpers import COMPARED, ROOT, SHARE, close, examples_of, small_batch, small_net
 from torch import Tensor, nn
 
 import hbp
@@ -14,45 +15,41 @@ from hbp.operators import DenseOperator
 
 DOCS = ROOT / "docs"
 
-# Measured: inputs that differ by a millionth change none of the digits shown. One unit
-# of the last digit is up to a tenth of a number such as 1.1.
-SHOWN = 0.1
-
-
-def shown_and_printed(
-    page: str, capsys: pytest.CaptureFixture[str]
-) -> list[tuple[str, str]]:
-    """Each output that a page shows, and what the example before it prints."""
-    text = (DOCS / page).read_text("utf-8")
-    pairs = []
-    for code, shown in re.findall(
-        r"^```python\n((?:(?!^```).)*?)^```\n\n```text\n(.*?)^```", text, re.M | re.S
-    ):
-        exec(compile(code, page, "exec"), {"__name__": "example"})
-        pairs.append((shown, capsys.readouterr().out))
-    return pairs
-
 
 def number(word: str) -> float | None:
     try:
-        return float(word)
+        return float(word.rstrip(".,%"))
     except ValueError:
         return None
 
 
-def test_treatments_shows_what_its_examples_print(
-    capsys: pytest.CaptureFixture[str],
+SHOWN = [
+    pytest.param(code, shown, COMPARED[page.name], id=f"{page.name}-{number}")
+    for page in (ROOT / "README.md", DOCS / "treatments.md", DOCS / "uses.md")
+    for number, (code, shown) in enumerate(examples_of(page))
+    if shown
+]
+
+
+def test_three_pages_show_what_examples_print() -> None:
+    names = [str(example.id).partition("-")[0] for example in SHOWN]
+    assert Counter(names) == {"README.md": 1, "treatments.md": 2, "uses.md": 3}
+
+
+@pytest.mark.parametrize(("code", "shown", "tolerance"), SHOWN)
+def test_a_page_shows_what_its_example_prints(
+    code: str, shown: str, tolerance: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = shown_and_printed("treatments.md", capsys)
-    assert len(pairs) == 2
-    for shown, printed in pairs:
-        assert len(shown.splitlines()) == len(printed.splitlines())
-        for word, other in zip(shown.split(), printed.split(), strict=True):
-            value = number(word)
-            if value is None:
-                assert other == word
-            else:
-                assert number(other) == pytest.approx(value, rel=SHOWN)
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
+    printed = capsys.readouterr().out
+    assert len(shown.splitlines()) == len(printed.splitlines())
+    for word, other in zip(shown.split(), printed.split(), strict=True):
+        value = number(word)
+        if value is None:
+            assert other == word
+        else:
+            share = SHARE if "%" in word else tolerance
+            assert number(other) == pytest.approx(value, rel=share)
 
 
 def test_first_blocks_are_far_below_the_largest_alpha() -> None:

@@ -66,6 +66,17 @@ def test_keys_change_the_tiles(figure: Page) -> None:
     assert tiles(figure) == one
 
 
+def test_the_figure_of_the_home_page_is_alive(visit: Visit) -> None:
+    home = visit.open("/")
+    before = tiles(home)
+    assert len(before) == 4
+    home.locator("input[name=flow-treatment][value=ggn]").check()
+    expect(home.locator("#flow-when")).to_contain_text("GGN, averaged Jacobian")
+    assert tiles(home) != before
+    assert home.locator(".flow").bounding_box()["width"] <= 36 * 20
+    assert visit.troubles == []
+
+
 def test_keys_move_alpha(figure: Page) -> None:
     line = figure.locator(".flow line.alpha")
     before = float(line.get_attribute("y1") or "nan")
