@@ -30,10 +30,6 @@ METHODS = {
     "sgd": "SGD",
     "adam": "Adam",
 }
-MORE_STYLES: list[tuple[str, Any, str, str]] = [
-    ("#a3383f", (0, (3, 1, 1, 1)), "v", "▼"),
-    ("#5b6470", "-", "x", "✕"),
-]
 
 
 def by_network(report: Json, trial: bool) -> dict[str, dict[str, list[Json]]]:
@@ -96,7 +92,7 @@ def draw(report: Json) -> Drawing:
     axes = figure.subplots(len(networks), 2, squeeze=False)
     for row, (network, methods) in zip(axes, networks.items(), strict=True):
         for panel, by_time in zip(row, (False, True), strict=True):
-            styles = zip(methods.items(), [*STYLES, *MORE_STYLES], strict=True)
+            styles = zip(methods.items(), STYLES, strict=True)
             for (method, runs), (colour, dashes, marker, _) in styles:
                 epochs = range(runs[0]["epochs"])
                 cost = report["costs"][network][method] if by_time else 1.0

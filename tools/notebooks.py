@@ -162,9 +162,15 @@ def bare_code(path: Path) -> str:
     tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            # The body of what has a docstring is never empty.
-            del node.body[: ast.get_docstring(node) is not None]
+            # A string that stands alone says something, and does nothing.
+            node.body = [line for line in node.body if not is_text(line)]
     return ast.unparse(tree)
+
+
+def is_text(line: ast.stmt) -> bool:
+    """Whether it is a string and nothing else, as a docstring is."""
+    alone = isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+    return alone and isinstance(line.value.value, str)
 
 
 def stale(script: Path) -> bool:

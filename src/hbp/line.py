@@ -40,8 +40,8 @@ DAMPING: Final = 0.01
 """α where none is given."""
 
 LONGEST: Final = 0.1
-"""lr where none is given. The minimum along a step is that of one batch and its noise;
-who goes a tenth of the way each time goes to the mean of the last ten."""
+"""lr where none is given. The minimum along a step is that of one batch, and of its
+noise; steps that go a tenth of the way lead to the mean of some ten of these."""
 
 NO_DIGITS: Final = torch.finfo(torch.float32).eps
 """A slope that a loss at its bound does not show: softmax cross-entropy is the
@@ -444,11 +444,8 @@ class CGNewton(newton.CGNewton):
         decay, free = options["weight_decay"], options["adaptive_lr"]
         if not (is_number(decay) and 0 <= decay < math.inf):
             raise ValueError(f"weight_decay={decay!r} must be finite, not negative.")
-        if is_number(options["lr"]) and options["lr"] * decay >= 1:
-            raise ValueError(
-                f"weight_decay={decay!r} at lr={options['lr']!r} would shrink weights "
-                "to less than nothing. AdamW's default is 1e-2."
-            )
+        if is_number(options["lr"]):
+            _remaining(options)
         if not all(group["adaptive_lr"] is free for group in self.param_groups):
             raise ValueError(
                 f"adaptive_lr={free!r} of a group must be that of all: one length is "
@@ -470,12 +467,28 @@ class CGNewton(newton.CGNewton):
             self._warned = self._warned or _warn_of_a_promise(steps)
         moved = {step.equation.parameter for step in steps}
         decaying = [group for group in self.param_groups if group["weight_decay"]]
+        shares = [_remaining(group) for group in decaying]
         for step in steps if decaying else ():
             step.checked()  # Nothing shrinks unless all can move.
-        for group in decaying:
+        for group, share in zip(decaying, shares, strict=True):
             for p in moved.intersection(group["params"]):
-                p.mul_(1 - float(group["lr"]) * group["weight_decay"])
+                p.mul_(share)
         super()._take(steps)
+
+
+def _remaining(group: Mapping[str, Any]) -> float:
+    """How much of its weights the decay of one step leaves.
+
+    Raises:
+        ValueError: nothing, or less.
+    """
+    share = 1 - float(group["lr"]) * group["weight_decay"]
+    if not share > 0:
+        raise ValueError(
+            f"weight_decay={group['weight_decay']!r} at lr={group['lr']!r} would "
+            "shrink weights to less than nothing. AdamW's default is 1e-2."
+        )
+    return share
 
 
 def _formed(step: newton._Step) -> newton._Step:
@@ -499,9 +512,9 @@ def _along(steps: Sequence[newton._Step], longest: float) -> LineInfo:
     lines = _lines(steps)
     if not lines:
         raise RuntimeError(
-            "CGNewton without lr finds its length from the loss along the step, of "
-            "which it knows nothing, or no longer. Call hbp.backward(model, outputs, "
-            "loss) before step(), for one optimizer; or give CGNewton an lr."
+            "CGNewton finds its length from the loss along the step, of which it knows "
+            "nothing, or no longer. Call hbp.backward(model, outputs, loss) before "
+            "step(), for one optimizer; or give CGNewton an lr, and no adaptive_lr."
         )
     moves: dict[Tensor, Tensor] = {}
     for step in steps:

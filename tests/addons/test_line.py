@@ -980,6 +980,19 @@ def test_a_decay_beyond_all_weights_is_refused() -> None:
         CGNewton(model.parameters(), weight_decay=30.0)
 
 
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)])
+def test_so_is_one_that_a_later_rate_makes_too_large(lr: float | Tensor) -> None:
+    """What construction could not see, because the rate changes, the step refuses."""
+    model, x, y = prepared()
+    optimizer = CGNewton(model.parameters(), lr=0.1, weight_decay=2.0)
+    optimizer.param_groups[0]["lr"] = lr
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"weight_decay=2.0 at lr=.*0.5"):
+        one_step(optimizer, model, x, y)
+    for p, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, b)
+
+
 def test_what_is_frozen_does_not_decay() -> None:
     model, x, y = prepared()
     optimizer = CGNewton(model.parameters(), weight_decay=0.01)

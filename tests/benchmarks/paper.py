@@ -147,7 +147,7 @@ def collect(budget: float = BUDGET) -> None:
         print("Not all runs are done. Start this again without --method.")
     report = {
         "provenance": provenance("cpu"),
-        "settings": {"budget": budget, "sizes": accuracy.SIZES["deep"]},
+        "settings": {"budget": budget, "sizes": accuracy.RACES["deep"].sizes},
         "runs": [{**run.facts(), "log": log} for run, log in logs.items()],
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)

@@ -24,11 +24,13 @@ EPOCHS = 10
 CACHE = Path(__file__).resolve().parents[2] / "build" / "benchmarks" / "mid.pt"
 
 
-def network(sizes: Sequence[int] = SIZES) -> nn.Sequential:
+def network(
+    sizes: Sequence[int] = SIZES, between: type[nn.Module] = nn.Sigmoid
+) -> nn.Sequential:
     """Sigmoids between fully-connected layers, with torch's own initial weights."""
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.Sigmoid()]
+        layers += [nn.Linear(inputs, outputs), between()]
     return nn.Sequential(*layers[:-1])
 
 

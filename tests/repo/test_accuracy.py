@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from benchmarks import accuracy, paper
-from benchmarks.accuracy import METHODS, Run, Setting, chosen, trials, wanted
+from benchmarks.accuracy import METHODS, Race, Run, Setting, chosen, trials, wanted
 from helpers import ROOT, load
 from torch import Tensor
 
@@ -53,7 +53,7 @@ PASSES = {"hbp": 8, "hbp-inputs": 8, "muon": 100}
 def test_every_method_learns(
     method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accuracy, "SIZES", {"shallow": [4, 6, 6, 4]})
+    monkeypatch.setattr(accuracy, "RACES", {"shallow": Race((4, 6, 6, 4))})
     # Without hidden layers between, one epoch is too short for an average of weights.
     monkeypatch.setattr(accuracy, "EVERY", 1)
     newton = [Setting(0.3, 0.02), Setting(1.0, 0.1, free=True)]
@@ -70,7 +70,7 @@ def test_every_method_learns(
 def test_a_falling_rate_ends_at_a_tenth(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accuracy, "SIZES", {"shallow": [4, 6, 6, 4]})
+    monkeypatch.setattr(accuracy, "RACES", {"shallow": Race((4, 6, 6, 4))})
     rates: list[list[float]] = []
 
     def step(model: Any, optimizer: Any, images: Tensor, labels: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_centred_moves_nothing_along_the_mean_input() -> None:
 def test_trials_never_see_the_test_images(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accuracy, "SIZES", {"shallow": [4, 6, 4]})
+    monkeypatch.setattr(accuracy, "RACES", {"shallow": Race((4, 6, 4))})
     monkeypatch.setattr(accuracy, "HELD_OUT", 50)
     images, labels, test_images, test_labels = tiny_data()
     nothing = torch.full_like(test_images, torch.nan)
@@ -143,7 +143,7 @@ def test_the_best_trial_runs_with_all_seeds(folder: Path) -> None:
         # The last epoch counts.
         pretend(run, [0.6, 0.5 if number == 3 else 0.4])
     best = chosen("deep", "muon")
-    assert best == replace(runs[3], trial=False, epochs=accuracy.EPOCHS)
+    assert best == replace(runs[3], trial=False, epochs=3)
     assert {run.seed for run in wanted("deep") if not run.trial} == {0, 1, 2}
     assert all(run.setting == best.setting for run in wanted("deep") if not run.trial)
 
@@ -157,8 +157,8 @@ def test_runs_have_files_of_their_own(folder: Path) -> None:
 
 
 def test_tables_and_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"shallow": [4, 6, 6, 4], "deep": [4, 6, 6, 6, 4]}
-    monkeypatch.setattr(accuracy, "SIZES", sizes)
+    races = {"shallow": Race((4, 6, 6, 4)), "deep": Race((4, 6, 6, 6, 4))}
+    monkeypatch.setattr(accuracy, "RACES", races)
     for method in METHODS:
         for run in trials("shallow", method):
             pretend(run, [0.4 if run.falls else 0.3])
@@ -285,7 +285,7 @@ class TestPaper:
 
     @pytest.fixture(autouse=True)
     def tiny(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(accuracy, "SIZES", {"deep": [4, 6, 5, 4]})
+        monkeypatch.setattr(accuracy, "RACES", {"deep": Race((4, 6, 5, 4))})
         monkeypatch.setattr(paper, "RESULT", folder / "out" / "paper.json")
         runs = {k: replace(r, batch=20, epochs=5) for k, r in paper.RUNS.items()}
         monkeypatch.setattr(paper, "RUNS", runs)

@@ -193,8 +193,9 @@ def test_the_hash_of_code_sees_what_computes_alone(tmp_path: Path) -> None:
     assert bare(code) == bare(same)
     assert bare(code) != bare(code.replace("1", "2"))
     assert bare(code) != bare(code.replace("return x", "return f(x)"))
-    # A text that is no docstring counts.
+    # A text counts unless it stands alone.
     assert bare("x = 'a'") != bare("x = 'b'")
+    assert bare("x = 1\n'It is one.'") == bare("x = 1")
 
 
 def test_the_hash_reads_the_package_the_script_and_the_pins(

@@ -114,7 +114,7 @@ def test_nothing_to_draw() -> None:
 
 def test_too_many_lines() -> None:
     lines = {str(k): ([0], [k]) for k in range(len(STYLES) + 1)}
-    with pytest.raises(ValueError, match="5 lines in one panel"):
+    with pytest.raises(ValueError, match="7 lines in one panel; 6 can"):
         curves([Panel("x", "y", lines)])
 
 

@@ -247,12 +247,12 @@ def _blobs(train: bool) -> TensorDataset:
     labels = index % 10
     brightness = 28 * torch.tensor([0, 7, 3, 9, 1, 6, 4, 8, 2, 5])
     patterns = _soft(_bytes(20, 3, 4, 4, seed=0))
-    mix = 3 * brightness[labels].view(-1, 1, 1, 1) + 3 * patterns[index % 20]
-    mix += 4 * _bytes(count, 1, 1, 1, seed=seed)
+    mix = 4 * brightness[labels].view(-1, 1, 1, 1) + 3 * patterns[index % 20]
+    mix += 2 * _bytes(count, 1, 1, 1, seed=seed)
     mix += 4 * _soft(_bytes(count, 3, 4, 4, seed=seed + 1))
     mix += _bytes(count, 3, 32, 32, seed=seed + 2)
-    # From 0 ... 15 · 255 to 0 ... 255, with nearly twice the contrast.
-    images = (128 + (mix - 7.5 * 255) / 8).floor_().clamp_(0, 255)
+    # From 0 ... 14 · 255 to 0 ... 255, with nearly twice the contrast.
+    images = (128 + (mix - 7 * 255) / 8).floor_().clamp_(0, 255)
     print(f"HBP_TUTORIAL=quick: {count} generated images stand in for CIFAR-10.")
     return TensorDataset(images.div_(255), labels)
 

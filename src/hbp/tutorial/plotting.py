@@ -40,6 +40,8 @@ STYLES = [
     ("#b8520f", (0, (5, 1.5)), "s", "■"),
     ("#1f7a55", (0, (1.5, 1.2)), "^", "▲"),
     ("#9050b8", (0, (6, 1.5, 1.5, 1.5)), "D", "◆"),
+    ("#a3383f", (0, (3, 1, 1, 1)), "v", "▼"),
+    ("#5b6470", (0, (8, 1.5, 1, 1.5)), "x", "✕"),
 ]
 NEGATIVE, ZERO, POSITIVE = "#d9480f", "#eceff4", "#3f51b5"
 # Up to this many rows and columns, negative entries carry a minus.
