@@ -32,6 +32,16 @@ METHODS = {
 }
 
 
+# The two races that the page shows; the others are in the appendix.
+FIRST = ("shallow", "deep")
+
+
+def part(report: Json, first: bool) -> Json:
+    """The runs of the two races that the page shows, or of the others."""
+    runs = [run for run in report["runs"] if (run["network"] in FIRST) == first]
+    return {**report, "runs": runs}
+
+
 def by_network(report: Json, trial: bool) -> dict[str, dict[str, list[Json]]]:
     """The runs by network and method, as they are in the file."""
     found: dict[str, dict[str, list[Json]]] = {}
@@ -57,21 +67,27 @@ def spread(values: list[float]) -> str:
 
 def race(report: Json) -> str:
     """Accuracies on the test images, and what an epoch costs."""
-    networks = by_network(report, trial=False)
-    epochs = range(next(iter(networks.values()))["sgd"][0]["epochs"])
     rows = [
         [
             f"{network}, {METHODS[method]}",
             setting(runs[0]),
-            *(spread([run["log"][e]["test"] for run in runs]) for e in epochs),
+            *(
+                spread([run["log"][e - 1]["test"] for run in runs])
+                for e in thirds(runs)
+            ),
             spread([run["log"][-1]["averaged"] for run in runs]),
             short(report["costs"][network][method]),
         ]
-        for network, methods in networks.items()
+        for network, methods in by_network(report, trial=False).items()
         for method, runs in methods.items()
     ]
-    head = ["", "learning rate", *(f"epoch {e + 1}" for e in epochs)]
+    head = ["", "learning rate", "a third", "two thirds", "all epochs"]
     return table([*head, "averaged", "time of a step, × SGD"], rows)
+
+
+def thirds(runs: list[Json]) -> list[int]:
+    """The epochs after which a race is looked at."""
+    return [runs[0]["epochs"] * k // 3 for k in (1, 2, 3)]
 
 
 def grid(report: Json) -> str:
@@ -88,9 +104,10 @@ def grid(report: Json) -> str:
 def draw(report: Json) -> Drawing:
     """Test accuracy against epochs and time, mean and range of the seeds."""
     networks = by_network(report, trial=False)
-    figure = Figure(figsize=(7.2, 3.2 * len(networks)), layout="constrained")
-    axes = figure.subplots(len(networks), 2, squeeze=False)
-    for row, (network, methods) in zip(axes, networks.items(), strict=True):
+    rows = max(1, len(networks))  # None where the race is not run to its end.
+    figure = Figure(figsize=(7.2, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False)
+    for row, (network, methods) in zip(axes, networks.items(), strict=False):
         for panel, by_time in zip(row, (False, True), strict=True):
             styles = zip(methods.items(), STYLES, strict=True)
             for (method, runs), (colour, dashes, marker, _) in styles:
@@ -113,7 +130,7 @@ def draw(report: Json) -> Drawing:
             panel.set_ylabel("test accuracy")
             panel.grid(True)
         row[0].set_xlabel("epochs")
-        row[0].set_xticks([epoch + 1 for epoch in epochs])
+        row[0].set_xticks(thirds(runs))
         row[1].set_xlabel("time, in epochs of SGD")
         row[1].legend(loc="lower right", frameon=False, fontsize=9)
     return Drawing(figure)
@@ -174,7 +191,17 @@ def draw_paper(report: Json) -> Drawing:
 Pages = dict[str, Callable[[Json], str]]
 Figures = dict[str, Callable[[Json], Drawing]]
 PARTS: dict[str, tuple[Pages, Figures]] = {
-    "results": ({"race": race, "grid": grid}, {"curves": draw}),
+    "results": (
+        {
+            "race": lambda report: race(part(report, first=True)),
+            "race-more": lambda report: race(part(report, first=False)),
+            "grid": grid,
+        },
+        {
+            "curves": lambda report: draw(part(report, first=True)),
+            "curves-more": lambda report: draw(part(report, first=False)),
+        },
+    ),
     "paper": (
         {"paper-settings": paper_settings, "paper": paper},
         {"paper": draw_paper},

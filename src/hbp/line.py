@@ -10,8 +10,9 @@ them: the curvature of the loss along the step d of all parameters together,
 u is what a forward pass of d through the layers' own rules leaves at the outputs
 (Pearlmutter 1994), and H_n u_n is one second derivative of the loss, in one direction.
 So the step ends at the minimum of the Gauss-Newton model on its line (Martens & Grosse
-2015, section 6.4), and promises no more than the loss has above its lower bound; see
-eq-length. It goes no further than ``lr`` says: all of this is one batch's opinion.
+2015, section 6.4). All of this is one batch's opinion, so the step goes no further than
+``lr`` says, and promises at most a fifth of what the loss has above its lower bound;
+see eq-length.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ DAMPING: Final = 0.01
 LONGEST: Final = 0.1
 """lr where none is given. The minimum along a step is that of one batch, and of its
 noise; steps that go a tenth of the way lead to the mean of some ten of these."""
+
+PROMISE: Final = 0.2
+"""A step promises at most this share of what the loss has above its bound, or the share
+lr if that is more. A step that promises more fits the noise of its batch: with a third,
+the loss of the network "deep, ReLU" in tests/benchmarks/accuracy.py rises again."""
 
 NO_DIGITS: Final = torch.finfo(torch.float32).eps
 """A slope that a loss at its bound does not show: softmax cross-entropy is the
@@ -344,10 +350,10 @@ class CGNewton(newton.CGNewton):
     it fast, is that of ``hbp.core.newton.CGNewton``.
 
     *Without a learning rate* s is one number for all parameters: the step ends where
-    the Gauss-Newton model along it has its [minimum][eq-length], promises no more than
-    the loss has above its lower bound, and is no longer than ``lr``, 0.1 at first,
-    which schedulers may lower. ``hbp.backward(model, outputs, loss)`` has to come
-    before each step. Clipped gradients make the step shorter.
+    the Gauss-Newton model along it has its [minimum][eq-length], promises at most a
+    fifth of what the loss has above its lower bound, and is no longer than ``lr``, 0.1
+    at first, which schedulers may lower. ``hbp.backward(model, outputs, loss)`` has to
+    come before each step. Clipped gradients make the step shorter.
 
     *With a learning rate* and no ``adaptive_lr`` s = lr, as in the original. Then a
     step that promises more than the loss has is a warning, once, where ``hbp.backward``
@@ -364,7 +370,8 @@ class CGNewton(newton.CGNewton):
             ``adaptive_lr`` can be set per group.
         lr: Learning rate, not negative; ``None`` for lengths from the curvature, at
             most 0.1. For another bound give ``adaptive_lr=True``, too; with all data
-            in one batch, whose minimum is the one to go to, that may be 1.
+            in one batch, whose minimum is the one to go to, that may be 1. Above a
+            fifth it also is the share of the loss that a step may promise.
         alpha: Damping α in [0, 1].
         cg_atol: Absolute tolerance on the residual, not negative.
         cg_tol: Tolerance on the residual relative to ‖g‖, positive; ``None`` for 0.1
@@ -531,7 +538,8 @@ def _along(steps: Sequence[newton._Step], longest: float) -> LineInfo:
             f"curvature {curvature}. Check the loss, or scale it down."
         )
     room = loss - sum(line.bound for line in lines)
-    s = min(_length(slope, curvature, room), longest)
+    promised = max(PROMISE, min(longest, 1.0)) * room
+    s = min(_length(slope, curvature, promised), longest)
     promise = s * slope - s * s / 2 * curvature
     return LineInfo(s, slope, curvature, promise, loss)
 

@@ -10,6 +10,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -1004,3 +1005,61 @@ def test_what_is_frozen_does_not_decay() -> None:
     before = frozen.clone()
     optimizer.step()
     assert torch.equal(frozen, before)
+
+
+def test_a_step_does_not_fit_the_noise_of_its_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the labels are noise: who trusts a batch of 20 stays above guessing."""
+
+    def losses() -> float:
+        torch.manual_seed(0)
+        x = torch.randn(2000, 20)
+        clean = (x @ torch.randn(20, 4)).argmax(1)
+        y = torch.where(torch.rand(2000) < 0.5, torch.randint(4, (2000,)), clean)
+        sizes = [20, 48, 48, 48, 48, 48, 48, 4]
+        layers = [
+            m for a, b in pairwise(sizes) for m in (hbp.HBPLinear(a, b), hbp.HBPReLU())
+        ]
+        model = hbp.HBPSequential(*layers[:-1])
+        for layer in layers[::2]:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        optimizer, found = CGNewton(model.parameters()), []
+        for _ in range(150):
+            batch = torch.randint(2000, (20,))
+            outputs = model(x[batch])
+            loss = F.cross_entropy(outputs, y[batch])
+            optimizer.zero_grad()
+            hbp.backward(model, outputs, loss)
+            optimizer.step()
+            found.append(loss.item())
+        return sum(found[-50:]) / 50
+
+    guessing = math.log(4)
+    assert losses() < 0.95 * guessing
+    monkeypatch.setattr(hbp.line, "PROMISE", 1.0)
+    assert losses() > guessing
+
+
+@pytest.mark.parametrize(("lr", "share"), [(0.1, 0.2), (0.2, 0.2), (0.5, 0.5), (3, 1)])
+def test_a_promise_is_a_share_of_the_loss(lr: float, share: float) -> None:
+    """A loss of 4 that falls on a straight line: its bound says how far to go."""
+    p = nn.Parameter(torch.tensor([1.0]))
+    p.hessian = DenseOperator(torch.eye(1) * 1e-6)
+    p.grad = torch.ones(1)
+
+    class Straight:
+        """A line along which the loss has no curvature."""
+
+        bound = 0.0
+
+        def measure(self, moves: Any) -> Tensor:
+            return torch.tensor([0.0, 4.0], dtype=torch.float64)
+
+    straight = Straight()
+    vars(p)["line"] = weakref.ref(straight)
+    optimizer = CGNewton([p], lr=lr, alpha=0.001, adaptive_lr=True)
+    optimizer.step()
+    assert optimizer.last_line is not None
+    assert optimizer.last_line.promised_decrease == pytest.approx(4 * share)

@@ -157,30 +157,43 @@ def test_runs_have_files_of_their_own(folder: Path) -> None:
 
 
 def test_tables_and_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    races = {"shallow": Race((4, 6, 6, 4)), "deep": Race((4, 6, 6, 6, 4))}
+    races = {
+        "shallow": Race((4, 6, 6, 4)),
+        "deep": Race((4, 6, 6, 6, 4)),
+        "relu, 20": Race((4, 6, 6, 4), 1, 6, batch=20, between=torch.nn.ReLU),
+    }
     monkeypatch.setattr(accuracy, "RACES", races)
-    for method in METHODS:
-        for run in trials("shallow", method):
-            pretend(run, [0.4 if run.falls else 0.3])
+    for name in ("shallow", "relu, 20"):
+        for method in METHODS:
+            for run in trials(name, method):
+                pretend(run, [0.4 if run.falls else 0.3])
     accuracy.collect(tiny_data())
     assert not accuracy.RESULT.exists()
     for run in wanted("shallow"):
         if not run.trial:
             hbp = run.method == "hbp"
             pretend(run, [0.1, 0.2, 0.51 + run.seed / 100 if hbp else 0.4])
+    for run in wanted("relu, 20"):
+        if not run.trial:
+            pretend(run, [0.0, 0.1, 0.0, 0.2, 0.0, 0.3])
     accuracy.collect(tiny_data())
     report = json.loads(accuracy.RESULT.read_text("utf-8"))
-    race = draw.race(report)
+    race = draw.race(draw.part(report, first=True))
     assert race.count("\n") == 2 + len(METHODS)
     assert "| shallow, HBP | 0.15, α 0.05, falls | 10.0 (10.0–10.0) |" in race
     assert "| 52.0 (51.0–53.0) | 52.0 (51.0–53.0) | " in race
     assert race.splitlines()[-1].endswith("| 1.00 |")
-    assert set(report["costs"]) == {"shallow"}
+    others = draw.race(draw.part(report, first=False))
+    assert others.count("\n") == 2 + len(METHODS)
+    assert "falls | 10.0 (10.0–10.0) | 20.0 (20.0–20.0) | 30.0 (30.0–30.0) |" in others
+    assert set(report["costs"]) == {"shallow", "relu, 20"}
     assert min(report["costs"]["shallow"].values()) > 0
-    assert draw.grid(report).count("\n") == 2 + len(METHODS)
+    assert draw.grid(report).count("\n") == 2 + 2 * len(METHODS)
+    assert draw.draw({**report, "runs": []}).svg()
     assert "at most 0.1, α 0.01, stays: 30.0" in draw.grid(report)
     draw.main(accuracy.RESULT.parent)
     assert (accuracy.RESULT.parent / "curves.svg").exists()
+    assert (accuracy.RESULT.parent / "curves-more.svg").exists()
 
 
 def test_committed_tables_are_those_of_the_committed_runs() -> None:
