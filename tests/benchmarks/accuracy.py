@@ -2,14 +2,13 @@
 
     PYTHONPATH=tests python -m benchmarks.accuracy [shallow | deep | ...]
 
-Two networks of sigmoid layers and one of ReLUs, in batches of 100 and of 500; images
-normalised by channel, Xavier's initial weights, no biases at first. Every method gets
-the same number of trials, with seed 0: three settings, each with a learning rate that
-stays and one that falls. They
-train on 45,000 of the training images, and are judged by their accuracy on the other
-5,000. The best trains again on all of them, longer, and with three seeds; only then the
-test images are looked at, after every epoch, with the weights as they are and with
-their moving average.
+Two networks of sigmoid layers and one of ReLUs, in batches of 100, and one of them in
+batches of 500. Images are normalised by channel, weights begin as Xavier's, biases as
+0. Every method gets the same number of trials, with seed 0: three settings, each with a
+learning rate that stays and one that falls. They train on 45,000 of the training
+images, and are judged by their accuracy on the other 5,000. The best trains again on
+all of them, longer, and with three seeds; only then the test images are looked at,
+after every epoch, with the weights as they are and with their moving average.
 
 Every run is written to a file of its own when it ends, and is not run again: stop at
 any time. When all runs of a race are there, steps of all methods are timed side by
@@ -23,7 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,36 +49,6 @@ SHARE, EVERY = 0.05, 10
 
 
 @dataclass(frozen=True)
-class Race:
-    """What all methods of a race have in common.
-
-    Args:
-        sizes: Features at the input and after each linear layer.
-        trial_epochs: How long a trial is.
-        epochs: How long the race is.
-        batch: Samples in a batch.
-        between: What stands between the linear layers.
-    """
-
-    sizes: tuple[int, ...]
-    trial_epochs: int = 1
-    epochs: int = 3
-    batch: int = 100
-    between: type[nn.Module] = nn.Sigmoid
-
-
-# The deep network of sigmoids stands still for hundreds of steps, whoever trains it.
-RACES = {
-    "shallow": Race(SHALLOW),
-    "deep": Race(DEEP, trial_epochs=2),
-    "deep, ReLU": Race(DEEP, between=nn.ReLU),
-    "shallow, 500": Race(SHALLOW, 2, 6, batch=500),
-    "deep, ReLU, 500": Race(DEEP, 2, 6, batch=500, between=nn.ReLU),
-    "deep, 500": Race(DEEP, 6, 9, batch=500),
-}
-
-
-@dataclass(frozen=True)
 class Setting:
     """What is chosen by trials.
 
@@ -103,6 +72,43 @@ METHODS = {
     "muon": [Setting(lr) for lr in (0.01, 0.02, 0.05)],
     "adamw": [Setting(lr) for lr in (3e-4, 1e-3, 3e-3)],
     "sgd": [Setting(lr) for lr in (0.03, 0.1, 0.3)],
+}
+
+
+@dataclass(frozen=True)
+class Race:
+    """What all methods of a race have in common.
+
+    Args:
+        sizes: Features at the input and after each linear layer.
+        trial_epochs: How long a trial is.
+        epochs: How long the race is.
+        batch: Samples in a batch.
+        between: What stands between the linear layers.
+        settings: What is tried here, of the methods for which that is not ``METHODS``.
+    """
+
+    sizes: tuple[int, ...]
+    trial_epochs: int = 1
+    epochs: int = 3
+    batch: int = 100
+    between: type[nn.Module] = nn.Sigmoid
+    settings: dict[str, list[Setting]] = field(default_factory=dict)
+
+
+# With ReLU, whose outputs are larger, steps have to be shorter.
+SHORTER = [Setting(0.1, 0.1), Setting(0.1, 1.0), Setting(0.1, 0.01, free=True)]
+RELU = {
+    "hbp": SHORTER,
+    "hbp-inputs": SHORTER,
+    "centred": [Setting(lr) for lr in (0.03, 0.1, 0.3)],
+}
+# The deep network of sigmoids stands still for hundreds of steps, whoever trains it.
+RACES = {
+    "shallow": Race(SHALLOW),
+    "deep": Race(DEEP, trial_epochs=2),
+    "deep, ReLU": Race(DEEP, between=nn.ReLU, settings=RELU),
+    "shallow, 500": Race(SHALLOW, 2, 6, batch=500),
 }
 
 
@@ -158,7 +164,7 @@ def trials(network: str, method: str) -> list[Run]:
             trial=True,
             batch=race.batch,
         )
-        for setting in METHODS[method]
+        for setting in race.settings.get(method, METHODS[method])
         for falls in (False, True)
     ]
 
