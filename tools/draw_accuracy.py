@@ -81,7 +81,7 @@ def race(report: Json) -> str:
         for network, methods in by_network(report, trial=False).items()
         for method, runs in methods.items()
     ]
-    head = ["", "learning rate", "a third", "two thirds", "all epochs"]
+    head = ["", "learning rate", "after a third", "after two thirds", "at the end"]
     return table([*head, "averaged", "time of a step, × SGD"], rows)
 
 
@@ -104,10 +104,9 @@ def grid(report: Json) -> str:
 def draw(report: Json) -> Drawing:
     """Test accuracy against epochs and time, mean and range of the seeds."""
     networks = by_network(report, trial=False)
-    rows = max(1, len(networks))  # None where the race is not run to its end.
-    figure = Figure(figsize=(7.2, 3.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False)
-    for row, (network, methods) in zip(axes, networks.items(), strict=False):
+    figure = Figure(figsize=(7.2, 3.2 * len(networks)), layout="constrained")
+    axes = figure.subplots(len(networks), 2, squeeze=False)
+    for row, (network, methods) in zip(axes, networks.items(), strict=True):
         for panel, by_time in zip(row, (False, True), strict=True):
             styles = zip(methods.items(), STYLES, strict=True)
             for (method, runs), (colour, dashes, marker, _) in styles:
@@ -190,36 +189,37 @@ def draw_paper(report: Json) -> Drawing:
 
 Pages = dict[str, Callable[[Json], str]]
 Figures = dict[str, Callable[[Json], Drawing]]
-PARTS: dict[str, tuple[Pages, Figures]] = {
-    "results": (
-        {
-            "race": lambda report: race(part(report, first=True)),
-            "race-more": lambda report: race(part(report, first=False)),
-            "grid": grid,
-        },
-        {
-            "curves": lambda report: draw(part(report, first=True)),
-            "curves-more": lambda report: draw(part(report, first=False)),
-        },
+PARTS: list[tuple[str, Callable[[Json], Json], Pages, Figures]] = [
+    ("results", lambda report: part(report, True), {"race": race}, {"curves": draw}),
+    (
+        "results",
+        lambda report: part(report, False),
+        {"race-more": race},
+        {"curves-more": draw},
     ),
-    "paper": (
+    ("results", lambda report: report, {"grid": grid}, {}),
+    (
+        "paper",
+        lambda report: report,
         {"paper-settings": paper_settings, "paper": paper},
         {"paper": draw_paper},
     ),
-}
+]
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Write the tables and the figure of each file there is."""
-    for name, (pages, figures) in PARTS.items():
-        if (folder / f"{name}.json").exists():
-            report = json.loads((folder / f"{name}.json").read_text("utf-8"))
-            for page, text in pages.items():
-                (folder / f"{page}.md").write_text(text(report), "utf-8")
-            with rc_context(SETTINGS):
-                for figure, drawing in figures.items():
-                    svg = drawing(report).svg()
-                    (folder / f"{figure}.svg").write_text(svg, "utf-8")
+    """Write the tables and the figures of all runs there are."""
+    for name, chosen, pages, figures in PARTS:
+        path = folder / f"{name}.json"
+        report = chosen(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+        if not report.get("runs"):
+            continue
+        for page, text in pages.items():
+            (folder / f"{page}.md").write_text(text(report), "utf-8")
+        with rc_context(SETTINGS):
+            for figure, drawing in figures.items():
+                svg = drawing(report).svg()
+                (folder / f"{figure}.svg").write_text(svg, "utf-8")
 
 
 if __name__ == "__main__":

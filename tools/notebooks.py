@@ -151,19 +151,28 @@ def fingerprint(script: Path) -> str:
     docstrings, and the pinned versions of what computes.
     """
     files = [*sorted((ROOT / "src" / "hbp").rglob("*.py")), script]
-    parts = [f"{path.relative_to(ROOT)}\n{bare_code(path)}" for path in files]
+    codes = [bare_code(path, shown=path == script) for path in files]
+    pairs = zip(files, codes, strict=True)
+    parts = [f"{path.relative_to(ROOT)}\n{code}" for path, code in pairs]
     pins = (ROOT / "constraints.txt").read_text("utf-8")
     parts += re.findall(r"^(?:torch|torchvision|numpy|scikit-learn)==.*", pins, re.M)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def bare_code(path: Path) -> str:
-    """The code of a file, as text that neither comments nor docstrings change."""
+def bare_code(path: Path, shown: bool = False) -> str:
+    """The code of a file, as text that neither comments nor docstrings change.
+
+    Args:
+        path: Of the file.
+        shown: Whether a string that stands alone may be the output of a cell. In other
+            files it is the docstring of what stands before it.
+    """
     tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            # A string that stands alone says something, and does nothing.
-            node.body = [line for line in node.body if not is_text(line)]
+            # The body of what has a docstring is never empty.
+            rest = node.body[ast.get_docstring(node) is not None :]
+            node.body = [line for line in rest if shown or not is_text(line)]
     return ast.unparse(tree)
 
 

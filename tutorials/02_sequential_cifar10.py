@@ -167,15 +167,20 @@ loss_func = CrossEntropyLoss()
 # + \operatorname{diag}(\varphi'' \odot \delta) .
 # $$
 #
-# A linear layer keeps a bowl a bowl, but a sigmoid may not: the
-# entries of its second term have either sign, and where they are
-# negative, a Newton step may climb. What to do about it is said by
-# `modify_2nd_order_terms`: keep the term (`"none"`), drop it
-# (`"zero"`), or make it positive, by taking its size (`"abs"`) or by
-# cutting it off below zero (`"clip"`).
-# [Negative curvature](03b_negative_curvature.ipynb) compares the
-# four. Here we choose `"abs"`, which is careful: where the loss
-# bends, up or down, the step gets shorter.
+# The entries of its second term have either sign. Where they are
+# negative, $H_x$ can have negative eigenvalues: the loss bends
+# downward there (this is *negative curvature*), and a Newton step may
+# climb. The option `modify_2nd_order_terms` says what becomes of this
+# term:
+#
+# - `"none"` keeps it, which gives the Hessian;
+# - `"zero"` drops it, which gives the generalized Gauss-Newton matrix;
+# - `"abs"` takes its size, and `"clip"` cuts it off below zero. Both
+#   give a positive-curvature Hessian.
+#
+# [Another tutorial](03b_negative_curvature.ipynb) compares the four.
+# Here we choose `"abs"`, which is careful: where the loss bends, up
+# or down, the step gets shorter.
 #
 # ## One step
 #
@@ -619,8 +624,8 @@ print("No single rate suits both.")
 
 # %% [markdown]
 # **Exercise 2.** How many weights keep less than half of their
-# longest step? Predict it from the panel with the eigenvalues, for
-# our damping and for a tenth of it.
+# longest step, $\lVert g \rVert / \alpha$? Predict it from the panel
+# with the eigenvalues, for our damping and for a tenth of it.
 
 
 # %% tags=["solution"]
@@ -643,9 +648,10 @@ assert predicted == [held_back(alpha), held_back(alpha / 10)]
 print("Those whose largest eigenvalue is above the damping.")
 
 # %% [markdown] tags=["solution"]
-# Along an eigenvector with the eigenvalue $\lambda$, the step has the
-# length $\lVert g \rVert / ((1 - \alpha) \lambda + \alpha)$, which is
-# about half of $\lVert g \rVert / \alpha$ where $\lambda = \alpha$.
+# If the gradient points along an eigenvector with the eigenvalue
+# $\lambda$, the step has the length
+# $\lVert g \rVert / ((1 - \alpha) \lambda + \alpha)$. That is about
+# half of $\lVert g \rVert / \alpha$ where $\lambda = \alpha$.
 
 # %% [markdown]
 # **Exercise 3.** Replace the sigmoids by `HBPReLU`, and look at the

@@ -15,15 +15,16 @@
 # A second-order step knows more than a gradient step, and costs more.
 # What exactly does it know, and is that worth its price? First we
 # look at what the curvature of tutorial 02 can see at all. Then we
-# race five optimizers over two networks:
+# race four optimizers over two networks, and in the second race a
+# fifth:
 #
 # - **HBP**: `CGNewton` with Hessian backpropagation,
 # - **centred SGD**, which has no curvature, only the one insight that
 #   we will find in the curvature,
 # - **Adam**, with the best of a few learning rates,
 # - **SGD** with momentum, likewise,
-# - **Muon**, in the second race, whose steps go equally far in all
-#   directions of a weight.
+# - **Muon**, which joins in the second race, and whose steps are about
+#   equally long in all directions that the gradient has.
 #
 # One network is shallow, one is deep. We count epochs, and we count
 # seconds. Sometimes the answer differs.
@@ -443,8 +444,8 @@ if not quick():
 # By the clock, on the right, the race is closer still, because a step
 # of HBP takes longer than one of SGD.
 #
-# **Predict.** Counted in steps of SGD, is its price higher with small
-# batches, or with large ones?
+# **Predict.** Counted in steps of SGD, is the price of such a step
+# higher with small batches, or with large ones?
 
 
 # %% tags=["nbval-ignore-output"]
@@ -466,9 +467,9 @@ for count in [20, 100, 500]:
     print(f"batch of {count}: {times:.2f} times")
 
 # %% [markdown]
-# With small ones: curvature is averaged over the batch before it
-# flows backward, so that its price does not depend on the batch,
-# while that of the rest shrinks with it.
+# On a processor (CPU) with small ones: curvature is averaged over the
+# batch before it flows backward, so that its price does not depend on
+# the batch, while that of the rest shrinks with it.
 #
 # ### More than one direction
 #
@@ -574,7 +575,8 @@ print("With tanh and with ReLU there are many in every one.")
 # So with sigmoids the mean input is about all there is to be seen.
 # Now take the steps of the race, with the same rates, to the network
 # with tanh. One is new: `CGNewton` without a rate, which goes as far
-# as the curvature along its step allows, up to a tenth of the step.
+# as the curvature along its step allows, up to a tenth of the step,
+# and promises to take at most a fifth off the loss.
 #
 # **Predict.** Which of them holds?
 
@@ -672,9 +674,10 @@ print("So does the first, if it measures how far it may go.")
 # Here *Muon* joins, which knows nothing of curvature either. It takes
 # a weight's gradient as a matrix, and gives all of its singular
 # values the size 1, so that the step goes equally far in every
-# direction that the gradient has. Five iterations of Newton and
-# Schulz do that, roughly. Muon moves the hidden weights, and AdamW
-# the rest. The learning rates are usual ones.
+# direction that the gradient has. Five Newton-Schulz iterations do
+# that, roughly. Muon moves the *hidden* weights, all but the first
+# and the last, and AdamW moves the rest. The learning rates are usual
+# ones.
 #
 # **Predict.** How much of such a step lies along $\bar x$?
 
@@ -719,11 +722,12 @@ assert left[-1] > 0.8
 print("In the last one, it is not.")
 
 # %% [markdown]
-# So in the wide layers Muon, too, holds the mean input back, by other
-# means: there it is one direction among many, and the step goes no
-# further along it than along the others. Close to the output the
-# gradient has little else, and five iterations are too few to lift
-# that to size.
+# So in the wide layers Muon, too, holds the mean input back, in
+# another way: there it is one direction among many, and the step goes
+# no further along it than along the others. Close to the output,
+# where nearly all of the gradient lies along $\bar x$, its other
+# singular values are so small that five iterations do not bring them
+# up to 1.
 
 # %% tags=["nbval-ignore-output"]
 deep_logs = race(
@@ -745,10 +749,11 @@ draw(deep_logs)
 # %% [markdown]
 # Here the curves part. SGD sits on the plateau. Adam leaves it, and
 # then learns slowly. HBP goes ahead of both, and centred SGD, which
-# has no curvature, goes as far in less time. Muon goes furthest, at
-# the highest price. So what leaves the plateau is not the size of the
-# curvature. It is that one steep direction of each layer is held
-# back, so that all others may move fast.
+# has no curvature, goes as far in less time. Muon goes furthest, and
+# on a processor at the highest price. So it does not take the size of
+# the curvature to get this far. HBP and centred SGD hold back one
+# steep direction of each layer, and Muon does so in the wide ones, so
+# that all others may move fast.
 
 # %%
 test, fit = ends(deep_logs), ends(deep_logs, "train")
@@ -781,8 +786,9 @@ if not quick():
 #   which directions are steep in which layer, and how much, at every
 #   step. Centred SGD freezes the mean input also where the loss is
 #   flat along it, and its rate had to come from somewhere.
-# - Muon does not ask which directions are steep. All get steps of the
-#   same length, and on the deep network that is the best of these.
+# - Muon does not ask which directions are steep. In the wide layers
+#   all get steps of about the same length, and on the deep network
+#   that is the best of these.
 # - A block that knows one direction can't do more than this. With
 #   averaged products it knows more, and fits the data in fewer steps,
 #   each of which takes longer. Where many directions are steep, as
@@ -792,8 +798,8 @@ if not quick():
 # - No race here was fair: the settings come from elsewhere, and there
 #   is one seed. On the
 #   [performance page](../docs/performance.md#accuracy) all methods
-#   get the same number of trials on images that were held out, three
-#   seeds, other batches, and ReLU.
+#   get the same number of trials, judged on images that were held
+#   out, and three seeds. One of its races is over a network of ReLUs.
 #
 # ## Try it yourself
 #
@@ -831,8 +837,8 @@ print(" ".join(f"{share:.2f}" for share in shares))
 assert max(shares) < 0.3 < 0.9 < min(along[2:])
 
 # %% [markdown]
-# **Exercise 3.** Take the four to the network with ReLU. Which of
-# them holds there?
+# **Exercise 3.** Take the four methods that we tried with tanh to the
+# same network with ReLU. Which of them holds there?
 
 # %% tags=["solution", "nbval-ignore-output"]
 held = []

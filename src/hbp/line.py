@@ -42,7 +42,7 @@ DAMPING: Final = 0.01
 
 LONGEST: Final = 0.1
 """lr where none is given. The minimum along a step is that of one batch, and of its
-noise; steps that go a tenth of the way lead to the mean of some ten of these."""
+noise; steps of a tenth of the way lead to about the mean of the last ten minima."""
 
 PROMISE: Final = 0.2
 """A step promises at most this share of what the loss has above its bound, or the share
@@ -370,8 +370,8 @@ class CGNewton(newton.CGNewton):
             ``adaptive_lr`` can be set per group.
         lr: Learning rate, not negative; ``None`` for lengths from the curvature, at
             most 0.1. For another bound give ``adaptive_lr=True``, too; with all data
-            in one batch, whose minimum is the one to go to, that may be 1. Above a
-            fifth it also is the share of the loss that a step may promise.
+            in one batch, whose minimum is the one to go to, that may be 1. From a
+            fifth to 1 it also is the share of the loss that a step may promise.
         alpha: Damping α in [0, 1].
         cg_atol: Absolute tolerance on the residual, not negative.
         cg_tol: Tolerance on the residual relative to ‖g‖, positive; ``None`` for 0.1
@@ -568,7 +568,7 @@ def _warn_of_a_promise(steps: Sequence[newton._Step]) -> bool:
 
 
 def _length(slope: float, curvature: float, room: float) -> float:
-    """How far to go: to the minimum, or as far as ``room`` above the bound allows."""
+    """How far to go: to the minimum, or until the model has fallen by ``room``."""
     # A loss of 0 has no digits for so little, and its curvature is round-off.
     if slope <= 0 or (room == 0 and slope < NO_DIGITS):
         return 0.0

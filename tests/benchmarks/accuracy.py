@@ -1,6 +1,6 @@
 """A race on CIFAR-10: accuracy by epochs and by time, for whoever wins.
 
-    PYTHONPATH=tests python -m benchmarks.accuracy [shallow | deep | ...]
+    PYTHONPATH=tests python -m benchmarks.accuracy [shallow] [deep] ["deep, ReLU"] ...
 
 Two networks of sigmoid layers and one of ReLUs, in batches of 100, and one of them in
 batches of 500. Images are normalised by channel, weights begin as Xavier's, biases as
@@ -102,6 +102,9 @@ RELU = {
     "hbp": SHORTER,
     "hbp-inputs": SHORTER,
     "centred": [Setting(lr) for lr in (0.03, 0.1, 0.3)],
+    "muon": [Setting(lr) for lr in (0.005, 0.01, 0.02)],
+    "adamw": [Setting(lr) for lr in (1e-4, 3e-4, 1e-3)],
+    "sgd": [Setting(lr) for lr in (0.01, 0.03, 0.1)],
 }
 # The deep network of sigmoids stands still for hundreds of steps, whoever trains it.
 RACES = {
@@ -339,17 +342,20 @@ def train(run: Run, data: tuple[Tensor, ...]) -> list[dict[str, float]]:
     groups = [*optimizer.param_groups, getattr(optimizer, "own", {"lr": 0.0})]
     rates = [(group, group["lr"]) for group in groups]
     generator = torch.Generator().manual_seed(run.seed)
-    log, done = [], 0
+    log, done, lost = [], 0, False
     steps = run.epochs * -(-len(images) // run.batch)
     for _ in tqdm(range(run.epochs), desc=run.path.stem, ascii=True):
         hits = 0
         for index in torch.randperm(len(images), generator=generator).split(run.batch):
+            if lost:  # It has diverged, and its weights stay as they are.
+                break
             for group, lr in rates if run.falls else ():
                 group["lr"] = lr * (1 - 0.9 * done / steps)
             try:
                 outputs = step(model, optimizer, images[index], labels[index])
-            except ArithmeticError:  # It has diverged; the weights stay as they are.
-                break
+            except ArithmeticError:
+                lost = True
+                continue
             hits += int((outputs.argmax(1) == labels[index]).sum())
             done += 1
             if done % EVERY == 0:
@@ -429,6 +435,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", help="default: all")
     names = parser.parse_args().networks or list(RACES)
+    if unknown := set(names) - set(RACES):
+        parser.error(f"there is no {unknown}, only {', '.join(map(repr, RACES))}")
     torch.set_num_threads(1)
     data = normalised()
     RUNS.mkdir(parents=True, exist_ok=True)

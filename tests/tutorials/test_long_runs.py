@@ -121,8 +121,8 @@ def tutorial_06() -> dict[str, Any]:
 def train_06(names: dict[str, Any]) -> dict[str, Any]:
     starts = {
         "HBP": lambda model: names["newton"](model, lr=0.3, alpha=0.1),
-        "Adam": lambda model: names["adam"](model, lr=1e-2),
-        "SGD": lambda model: names["sgd"](model, lr=0.1),
+        "Adam": names["adam"],
+        "SGD": names["sgd"],
     }
     return names["race"]([12, 5], starts, epochs=2, decay=0.8)
 

@@ -182,9 +182,9 @@ def test_the_hash_of_code_sees_what_computes_alone(tmp_path: Path) -> None:
     bare_code = load(ROOT / "tools" / "notebooks.py").bare_code
     path = tmp_path / "a.py"
 
-    def bare(text: str) -> str:
+    def bare(text: str, shown: bool = False) -> str:
         path.write_text(text, "utf-8")
-        return bare_code(path)
+        return bare_code(path, shown)
 
     code = 'def f(x):\n    """Say."""\n    return x + 1\n'
     same = (
@@ -196,6 +196,8 @@ def test_the_hash_of_code_sees_what_computes_alone(tmp_path: Path) -> None:
     # A text counts unless it stands alone.
     assert bare("x = 'a'") != bare("x = 'b'")
     assert bare("x = 1\n'It is one.'") == bare("x = 1")
+    # So does one that is the output of a cell.
+    assert bare("x = 1\n'a'", shown=True) != bare("x = 1\n'b'", shown=True)
 
 
 def test_the_hash_reads_the_package_the_script_and_the_pins(
