@@ -677,12 +677,6 @@ print("The gradient of the first weight is not small any more.")
 # unharmed, and so does the curvature.
 
 # %% [markdown]
-# If you have time for another training: give SGD a larger learning
-# rate. Can you find one that leaves the plateau, and survives what
-# comes after? Or call
-# `model.set_hbp_approximation(average_input_jacobian=False)` before
-# HBP trains: closer blocks, dearer steps. Does it pay?
-#
 # ## References
 #
 # - F. Dangel, S. Harmeling, P. Hennig.

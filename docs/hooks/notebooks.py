@@ -7,8 +7,9 @@ stores an error, or that has a figure without alternative text stops the build.
 
 A page has a bar of actions, and lines that say how long it takes to read, and where and
 when the notebook was run.
-Folded are neighbouring cells with the tag "solution", the setup, and the assertions
-that end a cell: what they print is the line that stays.
+Folded are neighbouring cells with the tag "solution", the setup, the code that draws a
+figure unless it is short, and the assertions that end a cell: what they print is the
+line that stays.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ TUTORIALS, DIST = ROOT / "tutorials", ROOT / "dist"
 # The last two groups are a notebook or page, and a place in it.
 LINK = re.compile(r"\[([^\]]*)\]\((\.\./docs/)?([\w/-]+)\.(?:ipynb|md)(#[\w-]*)?\)")
 FIGURES = {"image/svg+xml", "image/png", "image/jpeg"}
-LONGEST_LOG, SHOWN_LOG = 24, 8  # lines
-FOLDS = {"setup": "Code of the setup", "solution": "Solution"}
+LONGEST_LOG, SHOWN_LOG = 24, 4  # lines
+LONGEST_DRAWING = 12  # lines
+FOLDS = {
+    "setup": "Code of the setup",
+    "solution": "Solution",
+    "figure": "Code of the figure",
+}
 # The loop over cells and outputs is nbconvert's.
 TEMPLATE = """
 {%- extends 'base/null.j2' -%}
@@ -46,7 +52,8 @@ TEMPLATE = """
 
 {% endblock -%}
 {%- block markdowncell %}{{ cell.source | site_links }}{% endblock -%}
-{%- block input %}{{ cell.source | fence("python") }}{% endblock -%}
+{%- block input %}
+{%- if cell.source %}{{ cell.source | fence("python") }}{% endif %}{% endblock -%}
 {%- block output %}
 
 {{ output | shown(cell) }}{% endblock -%}
@@ -146,7 +153,12 @@ def with_folds(cells: list[NotebookNode]) -> list[NotebookNode]:
     folded: list[NotebookNode] = []
     for kind, group in groupby(cells, kinds(cells)):
         if kind is None:
-            folded += [part for cell in group for part in without_claims(cell)]
+            folded += [
+                part
+                for cell in group
+                for claimed in without_claims(cell)
+                for part in without_drawing(claimed)
+            ]
         else:
             folded += [opening(FOLDS[kind], kind), *group, new_markdown_cell("///")]
     return folded
@@ -197,6 +209,16 @@ def without_claims(cell: NotebookNode) -> Iterator[NotebookNode]:
     yield opening(f"✓ Checked{': ' if words else ''}{words}", "checked")
     yield new_markdown_cell(fence("\n".join(lines[end:]).strip("\n"), "python"))
     yield new_markdown_cell("///")
+
+
+def without_drawing(cell: NotebookNode) -> Iterator[NotebookNode]:
+    """Yield the code of a figure in a fold, unless it is short, and then the figure."""
+    if cell.metadata.get("alt") and cell.source.count("\n") >= LONGEST_DRAWING:
+        yield opening(FOLDS["figure"], "figure")
+        yield new_markdown_cell(fence(cell.source, "python"))
+        yield new_markdown_cell("///")
+        cell.source = ""
+    yield cell
 
 
 def printed(statement: ast.stmt) -> str:

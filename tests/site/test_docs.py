@@ -228,6 +228,20 @@ class TestNotebookHook:
         assert "import torch" in fold
         assert "```python\n3\n```" in page.partition("Now.")[2]
 
+    @pytest.mark.parametrize("lines", [12, 13])
+    def test_long_code_of_a_figure_is_folded(self, lines: int) -> None:
+        source = "x = 1\n" * (lines - 1) + "plot()"
+        drawn = new_output("display_data", {"image/svg+xml": "<svg/>"})
+        page, (name, *_) = self.render(code(source, drawn, alt="Two"))
+        fold, _, rest = page.partition("\n///\n")
+        if lines == 12:
+            assert "/// details" not in page
+            return
+        assert fold.startswith(
+            "/// details | Code of the figure\n    type: figure\n\n```python\nx = 1"
+        )
+        assert rest.strip() == f"![Two]({name})"
+
     def test_claims_are_folded_and_leave_a_line(self) -> None:
         source = (
             'print(x)\n\n# So far.\nassert x > 1\nassert x < 3\nprint("In between.")'
@@ -259,7 +273,7 @@ class TestNotebookHook:
         assert "line 0\n" in page
         assert "line 99\n" in page
         assert "line 50" not in page
-        assert "92 more lines" in page
+        assert "96 more lines" in page
 
     def test_a_cell_that_was_not_run_stops_the_build(self) -> None:
         with pytest.raises(PluginError, match="cell 1 was not run"):
