@@ -26,8 +26,7 @@
 # - **Muon**, which joins in the second race, and whose steps are about
 #   equally long in all directions that the gradient has.
 #
-# One network is shallow, one is deep. We count epochs, and we count
-# seconds. Sometimes the answer differs.
+# One network is shallow, one is deep. We count epochs, and seconds.
 
 # %% [markdown]
 # ## Setup
@@ -318,8 +317,8 @@ def centred(model, lr, where=slice(None)):
 #
 # The training loop is the same for all. After each epoch it measures
 # the accuracy on the test images, multiplies the learning rate by
-# `decay`, and prints a dot. The clock runs during training only. If
-# you interrupt a race, the numbers so far are kept.
+# `decay`, and prints a dot. If you interrupt a race, the numbers so
+# far are kept.
 
 
 # %%
@@ -397,7 +396,7 @@ def draw(logs, units=("epochs", "seconds")):
 #
 # Five linear layers. The learning rates of Adam and SGD are the best
 # of a grid, found with the schedule that is used here. That of
-# centred SGD was not looked for: it is HBP's $\mathrm{lr} / \alpha$.
+# centred SGD was not looked for: it is 0.15 / 0.05 = 3, as in HBP.
 
 # %% tags=["nbval-ignore-output"]
 starts = {
@@ -515,10 +514,9 @@ if not quick():
 
 # %% [markdown]
 # So a block that knows more directions does fit the data sooner, as
-# centring can't. Whether it pays is another question: the network
-# soon memorises, so that the lead on the test images is gone after a
-# few epochs, and for each weight such a step solves one system per
-# image of the batch.
+# centring can't. But the network soon memorises, so that the lead on
+# the test images is gone after a few epochs, and for each weight such
+# a step solves one system per image of the batch.
 
 # %% [markdown]
 # ### Where many directions are steep
@@ -653,22 +651,21 @@ print("So does the first, if it measures how far it may go.")
 
 # %% [markdown]
 # This is what curvature is for. Where hundreds of directions are
-# steep, it is no use to hold back one: in the others, the rate of
-# $\mathrm{lr} / \alpha = 3$ is far too high. A block that knows them
-# all holds each one back as much as it needs. And the curvature along
-# the step, a single number, tells that a step would be too long,
+# steep, it is no use to hold back one: in the others, the rate of 3
+# is far too high. A block that knows them all holds each one back as
+# much as it needs. And the curvature along the step, a single number,
+# tells that a step would be too long,
 # [whatever the blocks have missed](../docs/diverges.md).
 
 # %% [markdown]
 # ## A deep network
 #
-# Eight linear layers, each narrower than the one before it. The
-# gradient has to pass seven sigmoids on its way back, and each takes
-# at least three quarters of it.
+# Eight linear layers. On its way back the gradient has to pass seven
+# sigmoids, and each takes at least three quarters of it.
 #
 # The damping is smaller now. In the first layers, both gradient and
-# curvature are tiny, and $\mathrm{lr} / \alpha$ is the fastest that a
-# layer can move. The learning rate is a little smaller, too.
+# curvature are tiny, and 0.1 / 0.01 = 10 is the fastest rate at which
+# a layer can move.
 
 # %% [markdown]
 # Here *Muon* joins, which knows nothing of curvature either. It takes
@@ -784,8 +781,7 @@ if not quick():
 #   wins is centring, and centring alone is cheaper.
 # - What HBP adds is that nobody had to know it. It finds by itself
 #   which directions are steep in which layer, and how much, at every
-#   step. Centred SGD freezes the mean input also where the loss is
-#   flat along it, and its rate had to come from somewhere.
+#   step.
 # - Muon does not ask which directions are steep. In the wide layers
 #   all get steps of about the same length, and on the deep network
 #   that is the best of these.
@@ -795,11 +791,10 @@ if not quick():
 #   behind tanh and ReLU, one direction is not enough.
 #   [A convolutional network](05_convolutional_network.ipynb) shows
 #   what exact products see besides, and what they cost.
-# - No race here was fair: the settings come from elsewhere, and there
-#   is one seed. On the
-#   [performance page](../docs/performance.md#accuracy) all methods
-#   get the same number of trials, judged on images that were held
-#   out, and three seeds. One of its races is over a network of ReLUs.
+# - No race here was fair, with one seed and settings from elsewhere.
+#   On the [performance page](../docs/performance.md#accuracy) all
+#   methods get as many trials, on images that were held out, and
+#   three seeds. One race there is over a network of ReLUs.
 #
 # ## Try it yourself
 #
@@ -861,8 +856,7 @@ assert held == ["HBP, own length"]
 #   [Modular Block-diagonal Curvature Approximations for Feedforward
 #   Architectures](https://arxiv.org/abs/1902.01813). AISTATS 2020.
 # - X. Glorot, Y. Bengio. Understanding the difficulty of training
-#   deep feedforward neural networks. AISTATS 2010. Xavier's initial
-#   weights, and why sigmoids are hard.
+#   deep feedforward neural networks. AISTATS 2010.
 # - K. Jordan et al.
 #   [Muon: An optimizer for hidden layers in neural
 #   networks](https://kellerjordan.github.io/posts/muon/). 2024.
