@@ -857,6 +857,5 @@ assert held == ["HBP, own length"]
 #   Architectures](https://arxiv.org/abs/1902.01813). AISTATS 2020.
 # - X. Glorot, Y. Bengio. Understanding the difficulty of training
 #   deep feedforward neural networks. AISTATS 2010.
-# - K. Jordan et al.
-#   [Muon: An optimizer for hidden layers in neural
-#   networks](https://kellerjordan.github.io/posts/muon/). 2024.
+# - K. Jordan et al. Muon: An optimizer for hidden layers in neural
+#   networks. 2024.
