@@ -276,7 +276,7 @@ def test_what_the_page_says_of_the_race() -> None:
     assert 0 < test["hbp"][2] - test["centred"][2] < 0.02
     cost = report["costs"]["shallow"]
     leads_at("adamw", cost["adamw"], test, cost, others={"centred", "sgd"})
-    others = {"adamw", "hbp", "sgd"}
+    others = {"adamw", "hbp", "hbp-inputs", "sgd"}
     leads_at("centred", 3 * cost["centred"], test, cost, others)
 
 
@@ -298,6 +298,29 @@ def test_what_the_page_says_of_the_deep_race() -> None:
     cost = report["costs"]["deep"]
     others = {"hbp", "hbp-inputs", "adamw", "sgd"}
     leads_at("centred", 3 * cost["centred"], test, cost, others)
+
+
+def test_what_the_page_says_of_the_race_with_relu() -> None:
+    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
+    runs = draw.by_network(report, trial=False)["deep, ReLU"]
+    test = means(runs)
+    ends = {method: values[2] for method, values in test.items()}
+    *close, adamw, hbp = sorted(ends, key=lambda method: -ends[method])
+    assert set(close) == {"muon", "centred", "sgd", "hbp-inputs"}
+    assert max(ends.values()) - min(ends[method] for method in close) < 0.015
+    assert (adamw, hbp) == ("adamw", "hbp")
+    assert runs["hbp-inputs"][0]["alpha"] == 1
+    assert runs["hbp"][0]["free"]
+    cost = report["costs"]["deep, ReLU"]
+    for time in (1.0, 2.0, 3.0):
+        others = {m for m in test if m != "sgd" and time / cost[m] + 1e-9 >= 1}
+        leads_at("sgd", time, test, cost, others)
+    tried = draw.by_network(report, trial=True)["deep, ReLU"]
+    fixed = [r["log"][-1]["test"] for r in tried["hbp"] if r["alpha"] == 0.1]
+    assert max(fixed) < 0.11
+    free = [r["log"][-1]["test"] for r in tried["hbp-inputs"] if r["free"]]
+    best = max(r["log"][-1]["test"] for r in tried["hbp-inputs"])
+    assert max(free) < best - 0.15
 
 
 def test_what_the_page_says_was_chosen() -> None:
