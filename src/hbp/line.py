@@ -451,7 +451,7 @@ class CGNewton(newton.CGNewton):
         decay, free = options["weight_decay"], options["adaptive_lr"]
         if not (is_number(decay) and 0 <= decay < math.inf):
             raise ValueError(f"weight_decay={decay!r} must be finite, not negative.")
-        if is_number(options["lr"]):
+        if decay and is_number(options["lr"]) and math.isfinite(options["lr"]):
             _remaining(options)
         if not all(group["adaptive_lr"] is free for group in self.param_groups):
             raise ValueError(
@@ -463,6 +463,9 @@ class CGNewton(newton.CGNewton):
     def _take(self, steps: Sequence[newton._Step]) -> None:
         for step in steps:
             step.info(step.lr)  # It raises unless there is a solution.
+        groups = self.param_groups if steps else []
+        decaying = [group for group in groups if group["weight_decay"]]
+        shares = [_remaining(group) for group in decaying]
         self.last_line = None
         if steps and self.param_groups[0]["adaptive_lr"]:
             longest = max(step.lr for step in steps)
@@ -473,8 +476,6 @@ class CGNewton(newton.CGNewton):
         elif steps and vars(steps[0].equation.parameter).get("line"):
             self._warned = self._warned or _warn_of_a_promise(steps)
         moved = {step.equation.parameter for step in steps}
-        decaying = [group for group in self.param_groups if group["weight_decay"]]
-        shares = [_remaining(group) for group in decaying]
         for step in steps if decaying else ():
             step.checked()  # Nothing shrinks unless all can move.
         for group, share in zip(decaying, shares, strict=True):

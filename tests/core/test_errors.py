@@ -477,8 +477,8 @@ def test_bad_seeds(seed: Any) -> None:
 
 BAD_OPTIONS = [
     ("lr", -0.1, r"lr=-0\.1 must be"),
-    ("lr", NAN, "lr=nan"),
-    ("lr", INF, "lr=inf"),
+    ("lr", NAN, "lr=nan must be"),
+    ("lr", INF, "lr=inf must be"),
     ("alpha", -0.01, r"alpha=-0\.01 is outside \[0, 1\].*0\.02"),
     ("alpha", 1.01, r"alpha=1\.01 is outside"),
     ("alpha", NAN, "alpha=nan is outside"),

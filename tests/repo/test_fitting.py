@@ -27,8 +27,10 @@ SINE, DIGITS = TASKS["sine, one batch"], TASKS["digits, ReLU"]
 def test_methods_learn_and_differ(task: Task, share: float) -> None:
     ends = {}
     for method, settings in {**METHODS, **RIVALS}.items():
+        # Newton steps of length 1 fit each batch, and may climb: not with batches.
+        chosen = settings[0 if task.batch and "alpha" in settings[0] else -1]
         before, after = (
-            fitting.train(Task(task.problem, n, task.batch), method, settings[-1], 0)
+            fitting.train(Task(task.problem, n, task.batch), method, chosen, 0)
             for n in (1, 30)
         )
         assert after.steps == 30
