@@ -30,8 +30,6 @@ METHODS = {
     "sgd": "SGD",
     "adam": "Adam",
 }
-
-
 # The two races that the page shows; the others are in the appendix.
 FIRST = ("shallow", "deep")
 

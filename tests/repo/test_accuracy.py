@@ -266,24 +266,27 @@ def means(runs: dict[str, list[Any]]) -> dict[str, list[float]]:
     }
 
 
-def test_what_the_page_says_of_the_race() -> None:
+def raced(network: str) -> tuple[Any, dict[str, list[float]], dict[str, float]]:
+    """The committed runs of a race, their test accuracies, and what steps cost."""
     report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
-    test = means(draw.by_network(report, trial=False)["shallow"])
+    runs = draw.by_network(report, trial=False)[network]
+    return runs, means(runs), report["costs"][network]
+
+
+def test_what_the_page_says_of_the_race() -> None:
+    _, test, cost = raced("shallow")
     for e in range(3):
         ranked = sorted(test, key=lambda method: -test[method][e])
         assert ranked[:2] == ["muon", "hbp-inputs"]
     assert ranked == ["muon", "hbp-inputs", "hbp", "centred", "adamw", "sgd"]
     assert 0 < test["hbp"][2] - test["centred"][2] < 0.02
-    cost = report["costs"]["shallow"]
     leads_at("adamw", cost["adamw"], test, cost, others={"centred", "sgd"})
     others = {"adamw", "hbp", "hbp-inputs", "sgd"}
     leads_at("centred", 3 * cost["centred"], test, cost, others)
 
 
 def test_what_the_page_says_of_the_deep_race() -> None:
-    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
-    runs = draw.by_network(report, trial=False)["deep"]
-    test = means(runs)
+    runs, test, cost = raced("deep")
     ends = {method: values[2] for method, values in test.items()}
     *ranked, adamw, sgd = sorted(ends, key=lambda method: -ends[method])
     assert ranked[:2] == ["muon", "centred"]
@@ -295,15 +298,12 @@ def test_what_the_page_says_of_the_deep_race() -> None:
     assert min(firsts["muon"]) > max(max(v) for m, v in firsts.items() if m != "muon")
     assert max(run["log"][2]["test"] for run in runs["sgd"]) < 0.11
     assert [accuracy < 0.11 for accuracy in firsts["hbp"]].count(True) == 1
-    cost = report["costs"]["deep"]
     others = {"hbp", "hbp-inputs", "adamw", "sgd"}
     leads_at("centred", 3 * cost["centred"], test, cost, others)
 
 
 def test_what_the_page_says_of_the_race_with_relu() -> None:
-    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
-    runs = draw.by_network(report, trial=False)["deep, ReLU"]
-    test = means(runs)
+    runs, test, cost = raced("deep, ReLU")
     ends = {method: values[2] for method, values in test.items()}
     *close, adamw, hbp = sorted(ends, key=lambda method: -ends[method])
     assert set(close) == {"muon", "centred", "sgd", "hbp-inputs"}
@@ -311,10 +311,10 @@ def test_what_the_page_says_of_the_race_with_relu() -> None:
     assert (adamw, hbp) == ("adamw", "hbp")
     assert runs["hbp-inputs"][0]["alpha"] == 1
     assert runs["hbp"][0]["free"]
-    cost = report["costs"]["deep, ReLU"]
-    for time in (1.0, 2.0, 3.0):
-        others = {m for m in test if m != "sgd" and time / cost[m] + 1e-9 >= 1}
-        leads_at("sgd", time, test, cost, others)
+    early = {"centred", "adamw"}
+    leads_at("sgd", 2.0, test, cost, others=early)
+    leads_at("sgd", 3.0, test, cost, others={*early, "hbp", "hbp-inputs"})
+    report = json.loads((draw.FOLDER / "results.json").read_text("utf-8"))
     tried = draw.by_network(report, trial=True)["deep, ReLU"]
     fixed = [r["log"][-1]["test"] for r in tried["hbp"] if r["alpha"] == 0.1]
     assert max(fixed) < 0.11
