@@ -31,10 +31,11 @@ from torch.nn import Parameter
 
 from hbp.convert import Converted
 from hbp.core import newton
-from hbp.core.containers import HBPResidual, HBPSequential, leaves_of
+from hbp.core.containers import HBPResidual, HBPSequential
 from hbp.core.guards import is_number
 from hbp.core.module import HBPModule, drop_curvature
 from hbp.distributed import average
+from hbp.layers.paths import HBPParallel
 from hbp.losses import hessian_and_gradient, nodes_of, places_of
 
 DAMPING: Final = 0.01
@@ -193,9 +194,11 @@ def _require_own(model: HBPModule, outputs: Tensor, sent: Tensor) -> None:
 
 def _last_layer(module: nn.Module) -> nn.Module:
     """The one whose outputs are those of the model, or of a path into their sum."""
-    nest = vars(module)["_chain"] if isinstance(module, Converted) else module
-    leaves = leaves_of(nest)
-    return _last_layer(leaves[-1]) if leaves else module
+    if isinstance(module, Converted):
+        module = vars(module)["_chain"]
+    children = [child for child in module._modules.values() if child is not None]
+    is_nest = isinstance(module, HBPSequential | HBPResidual) and children
+    return _last_layer(children[-1]) if is_nest else module
 
 
 class Line:
@@ -303,6 +306,22 @@ def _(layer: HBPResidual, u: Tensor | None, moves: Moves) -> Tensor | None:
     through = tangent(layer.branch, u, moves)
     past = u if layer.shortcut is None else tangent(layer.shortcut, u, moves)
     return through if past is None else past if through is None else through + past
+
+
+@tangent.register
+def _(layer: HBPParallel, u: Tensor | None, moves: Moves) -> Tensor | None:
+    found = [tangent(path, u, moves) for path in layer.children()]
+    known = [moved for moved in found if moved is not None]
+    if not known:
+        return None
+    count = layer.last_record.input_shape[0]
+    parts = [
+        known[0].new_zeros(count, shape.numel())
+        if moved is None
+        else moved.view(count, -1)
+        for moved, shape in zip(found, layer.shapes, strict=True)
+    ]
+    return torch.cat(parts, 1).view(1, -1)
 
 
 @tangent.register

@@ -23,6 +23,7 @@ from hbp.layers.dropout import HBPDropout1d as HBPDropout1d
 from hbp.layers.dropout import HBPDropout2d as HBPDropout2d
 from hbp.layers.dropout import HBPDropout3d as HBPDropout3d
 from hbp.layers.functions import HBPElementwise as HBPElementwise
+from hbp.layers.functions import HBPFunction as HBPFunction
 from hbp.layers.general import BilinearRule as BilinearRule
 from hbp.layers.general import GeneralRule as GeneralRule
 from hbp.layers.general import HBPLogSoftmax as HBPLogSoftmax
@@ -35,10 +36,15 @@ from hbp.layers.normalization import HBPGroupNorm as HBPGroupNorm
 from hbp.layers.normalization import HBPLayerNorm as HBPLayerNorm
 from hbp.layers.normalization import HBPPReLU as HBPPReLU
 from hbp.layers.normalization import HBPRMSNorm as HBPRMSNorm
+from hbp.layers.paths import HBPJoin as HBPJoin
+from hbp.layers.paths import HBPParallel as HBPParallel
 from hbp.layers.pooling import HBPAdaptiveMaxPool1d as HBPAdaptiveMaxPool1d
 from hbp.layers.pooling import HBPAdaptiveMaxPool2d as HBPAdaptiveMaxPool2d
 from hbp.layers.pooling import HBPAdaptiveMaxPool3d as HBPAdaptiveMaxPool3d
 from hbp.layers.pooling import HBPMaxPool1d as HBPMaxPool1d
 from hbp.layers.pooling import HBPMaxPool3d as HBPMaxPool3d
+from hbp.layers.sequences import HBPAttention as HBPAttention
+from hbp.layers.sequences import HBPEmbedding as HBPEmbedding
+from hbp.layers.sequences import HBPPosition as HBPPosition
 from hbp.layers.shape import HBPIdentity as HBPIdentity
 from hbp.layers.shape import HBPUnflatten as HBPUnflatten

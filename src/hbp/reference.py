@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hbp.core.module import TREATMENTS
 
@@ -36,6 +37,8 @@ def hessian(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return jacrev(jacrev(function))
 
 
+# Torch's faster attention can be differentiated only once.
+@sdpa_kernel(SDPBackend.MATH)
 def hessian_blocks(
     model: nn.Module, loss_func: LossFunction, inputs: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
@@ -335,12 +338,14 @@ def _send_back_step(
     return H + _modify(second_order.sum(0), rules.modify), jacobians.mean(0)
 
 
+@sdpa_kernel(SDPBackend.MATH)
 def _vary_parameter(layer: nn.Module, name: str, theta: Tensor, x: Tensor) -> Tensor:
     """One sample's output, [z], as a function of one parameter."""
     varied = {**_parameters(layer), name: theta}
     return functional_call(layer, varied, (x[None],)).flatten()
 
 
+@sdpa_kernel(SDPBackend.MATH)
 def _vary_input(layer: nn.Module, x: Tensor) -> Tensor:
     """One sample's output, [z], as a function of its input."""
     return functional_call(layer, _parameters(layer), (x[None].clone(),)).flatten()

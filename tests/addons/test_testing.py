@@ -309,41 +309,6 @@ def test_a_rule_that_is_no_jacobian_is_named() -> None:
         layer.backward_hessian(torch.eye(4, dtype=torch.float64), True, "zero")
 
 
-# --------------------------------------------------------------------------------------
-# Layers that were written for hbp 0.1.
-# --------------------------------------------------------------------------------------
-
-
-def _old_jacobian(self: Any, hessian_pass: Any) -> Any:
-    raise NotImplementedError
-
-
-def _old_second_order(self: Any, hessian_pass: Any, jacobian: Any) -> Any:
-    raise NotImplementedError
-
-
-@pytest.mark.parametrize(
-    ("rule", "function"),
-    [
-        ("jacobian", _old_jacobian),
-        ("second_order", _old_second_order),
-        ("parameter_jacobians", _old_jacobian),
-    ],
-)
-@pytest.mark.parametrize("base", [hbp.HBPModule, hbp.HBPTanh, hbp.HBPLinear])
-def test_a_rule_of_the_old_contract_is_refused_where_it_is_written(
-    rule: str, function: Any, base: type
-) -> None:
-    with pytest.raises(TypeError) as caught:
-        type("Mine", (base,), {rule: function})
-    message = str(caught.value)
-    assert message.startswith(f"Mine.{rule} takes a hessian_pass")
-    # What to change, and where to read on.
-    for part in ("every sample", "second_order(self, J)", "core.jacobians", "[N, ...]"):
-        assert part in message
-    assert "Write a layer" in message
-
-
 def test_the_old_maps_say_where_they_are() -> None:
     with pytest.raises(
         ImportError, match=r"became hbp\.core\.jacobians.*jacobian\(self\)"

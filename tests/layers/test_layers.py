@@ -136,9 +136,27 @@ LAYERS: dict[str, Case] = {
         ),
         IMAGE,
     ),
+    "linear positions": (lambda: hbp.HBPLinear(3, 2), (3, 4, 3)),
+    "linear grid": (lambda: hbp.HBPLinear(2, 2, bias=False), (2, 2, 3, 2)),
+    "position": (lambda: hbp.HBPPosition(4, 3), (3, 4, 3)),
+    "position short": (lambda: hbp.HBPPosition(6, 3), (3, 2, 3)),
+    "attention": (lambda: hbp.HBPAttention(2), (2, 3, 6)),
+    "attention causal": (lambda: hbp.HBPAttention(causal=True), (3, 3, 6)),
+    "function": (lambda: hbp.HBPFunction(nn.functional.normalize, dim=1), (3, 4)),
+    "parallel": (
+        lambda: hbp.HBPParallel(hbp.HBPLinear(4, 3), hbp.HBPLinear(4, 2)),
+        (3, 4),
+    ),
+    "parallel one": (lambda: hbp.HBPParallel(hbp.HBPIdentity()), (3, 2, 2)),
+    "gate": (lambda: hbp.HBPJoin(torch.mul, linear(3, 3), hbp.HBPIdentity()), (3, 3)),
     "residual empty": (lambda: hbp.HBPResidual(hbp.HBPSequential()), (3, 4)),
     **{kind.__name__: (kind, (3, 5)) for kind in ACTIVATIONS},
 }
+
+
+def linear(inputs: int, outputs: int) -> hbp.HBPModule:
+    """A linear layer with a nest around it."""
+    return hbp.HBPSequential(hbp.HBPLinear(inputs, outputs))
 
 
 def norm(layer: nn.Module) -> hbp.HBPModule:

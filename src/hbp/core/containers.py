@@ -22,6 +22,8 @@ class HBPSequential(HBPModule, nn.Sequential):
     children work as in ``torch.nn.Sequential``; without children it is the identity.
     """
 
+    is_nest = True
+
     def pull_back(
         self, H: Operator, reading: Reading, further: bool
     ) -> Operator | None:
@@ -51,7 +53,7 @@ class HBPSequential(HBPModule, nn.Sequential):
                     "curvature backward. Use HBP layers, or convert(model)."
                 )
             children.append(module)
-        _require_distinct(self)
+        require_distinct(self)
         return children
 
 
@@ -74,6 +76,8 @@ class HBPResidual(HBPModule):
     Raises:
         TypeError: one of them is no HBP module.
     """
+
+    is_nest = True
 
     def __init__(self, branch: HBPModule, shortcut: HBPModule | None = None) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ class HBPResidual(HBPModule):
     def pull_back(
         self, H: Operator, reading: Reading, further: bool
     ) -> Operator | None:
-        _require_distinct(self)
+        require_distinct(self)
         self._require_usable(H, reading)
         for path in self._paths:
             if _is_trained(path):
@@ -176,7 +180,7 @@ class _CrossTerms(Operator):
         return A.vjp(H.product(B.jvp(rows))) + B.vjp(H.product(A.jvp(rows)))
 
 
-def _require_distinct(module: nn.Module) -> None:
+def require_distinct(module: nn.Module) -> None:
     """Raise unless every layer and every parameter occurs once."""
     name, leaves = type(module).__name__, leaves_of(module)
     if len(set(leaves)) < len(leaves):
@@ -196,8 +200,8 @@ def leaves_of(module: nn.Module) -> list[nn.Module]:
     """The layers of a nest of containers, each as often as it occurs."""
     # Not children(), which leaves out a layer that occurs again.
     children = [child for child in module._modules.values() if child is not None]
-    nests = HBPSequential | HBPResidual
-    inside = [leaves_of(c) if isinstance(c, nests) else [c] for c in children]
+    nested = [getattr(child, "is_nest", False) for child in children]
+    inside = [leaves_of(c) if n else [c] for c, n in zip(children, nested, strict=True)]
     return list(chain(*inside))
 
 

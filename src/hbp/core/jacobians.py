@@ -184,22 +184,28 @@ class SharedJacobian(Jacobian):
 
 
 class Matrix(SharedJacobian):
-    """z = Wx by a weight, [z, x], that is read and not copied."""
+    """z = Wx by a weight, [z, x], that is read and not copied.
 
-    matrix: Tensor
+    Args:
+        W: [z, x].
+        samples: N.
+        positions: Of how many vectors x a sample is made, [*positions, x].
+    """
 
-    def __init__(self, W: Tensor, samples: int) -> None:
+    def __init__(self, W: Tensor, samples: int, positions: Sequence[int] = ()) -> None:
         reads = [Watched(W, "A weight")]
-        super().__init__(W.shape[1:], W.shape[:1], samples, reads=reads)
-        self.matrix = W.detach()
+        shapes = [(*positions, W.shape[1]), (*positions, W.shape[0])]
+        super().__init__(*shapes, samples, reads=reads)
+        self._W = W.detach()
+        self.matrix = None if positions else self._W
 
     def jvp(self, rows: Tensor) -> Tensor:
-        each = rows.reshape(-1, self.matrix.shape[1])
-        return (each @ self.matrix.T).reshape(len(rows), -1)
+        each = rows.reshape(-1, self._W.shape[1])
+        return (each @ self._W.T).reshape(len(rows), -1)
 
     def vjp(self, rows: Tensor) -> Tensor:
-        each = rows.reshape(-1, self.matrix.shape[0])
-        return (each @ self.matrix).reshape(len(rows), -1)
+        each = rows.reshape(-1, self._W.shape[0])
+        return (each @ self._W).reshape(len(rows), -1)
 
 
 class Diagonal(Jacobian):
@@ -318,10 +324,10 @@ class Selection(Jacobian):
 
 
 class Weight(Jacobian):
-    """∂z/∂W of z = Wx; ``data`` is x, [N, in].
+    """∂z/∂W of z = Wx; ``data`` is x, [N, in], or [N, *positions, in].
 
     Args:
-        x: [N, in]; read, not copied.
+        x: Read, not copied.
         out_features: Rows of W.
         delta: δ = ∂loss/∂z, [N, out], if the gradient w.r.t. W may well be δᵀx.
     """
@@ -331,28 +337,47 @@ class Weight(Jacobian):
     def __init__(
         self, x: Tensor, out_features: int, delta: Tensor | None = None
     ) -> None:
-        shape = (out_features, x.shape[1])
-        super().__init__(shape, shape[:1], len(x), x, [Watched(x, "An input")])
-        self._delta = delta
+        shape, out_shape = (out_features, x.shape[-1]), (*x.shape[1:-1], out_features)
+        super().__init__(shape, out_shape, len(x), x, [Watched(x, "An input")])
+        self._delta, self._is_plain = delta, x.dim() == 2
 
     def jvp(self, rows: Tensor) -> Tensor:
-        return (self.data @ rows.reshape(-1, *self.in_shape).mT).flatten(1)
+        each = rows.reshape(-1, *self.in_shape).mT
+        return (self.data.flatten(0, -2) @ each).flatten(1)
 
     def vjp(self, rows: Tensor) -> Tensor:
-        outputs = rows.reshape(len(rows), self.samples, -1)
-        return (outputs.mT @ self.data).flatten(1)
+        outputs = rows.reshape(len(rows), -1, self.in_shape[0])
+        return (outputs.mT @ self.data.flatten(0, -2)).flatten(1)
 
     def congruence(self, H: Operator, R: Term = None) -> Operator:
-        """Of one sample, H ⊗ xxᵀ."""
-        one = self.samples == 1
+        """Of one vector, H ⊗ xxᵀ."""
+        one = self.samples == 1 and self._is_plain
         return KroneckerBlock(H, self.data) if one else super().congruence(H, R)
 
     def mean_congruence(self, H: Operator, R: Term, batch: Batch) -> Operator:
-        """H ⊗ E[xxᵀ]."""
+        """H ⊗ E[xxᵀ], where a sample is one vector."""
+        if not self._is_plain:
+            return super().mean_congruence(H, R, batch)
         return batch.weight_block(H, self.data, self._delta)
 
 
-class Bias(SharedJacobian):
+class Spread(SharedJacobian):
+    """θ ↦ (θ, …, θ): it fills every sample, in which it may stand several times."""
+
+    of_parameter = True
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        return rows.repeat(1, self.out_size // self.in_size)
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        return rows.reshape(len(rows), -1, self.in_size).sum(1)
+
+    def congruence(self, H: Operator, R: Term = None) -> Operator:
+        """H itself where the map is the identity."""
+        return H if self.in_size == self.out_size else super().congruence(H, R)
+
+
+class Bias(Spread):
     """∂z/∂b: b, of any shape, reaches every sample and, in it, every position.
 
     Args:
@@ -361,8 +386,6 @@ class Bias(SharedJacobian):
         samples: N.
     """
 
-    of_parameter = True
-
     def jvp(self, rows: Tensor) -> Tensor:
         positions = self.out_shape.numel() // self.in_shape.numel()
         spread = rows.view(len(rows), 1, -1, 1).expand(-1, self.samples, -1, positions)
@@ -370,10 +393,6 @@ class Bias(SharedJacobian):
 
     def vjp(self, rows: Tensor) -> Tensor:
         return rows.reshape(len(rows), self.samples, self.in_size, -1).sum((1, 3))
-
-    def congruence(self, H: Operator, R: Term = None) -> Operator:
-        """H itself where the map is the identity."""
-        return H if self.in_size == self.out_size else super().congruence(H, R)
 
 
 class Bilinear(Jacobian):
@@ -420,18 +439,6 @@ class Bilinear(Jacobian):
             result: Tensor = function(self.data, values[0])
             return result.reshape(1, -1)
         return vmap(function, (None, 0))(self.data, values).flatten(1)
-
-
-class Spread(SharedJacobian):
-    """θ ↦ (θ, …, θ): it fills every sample, in which it may stand several times."""
-
-    of_parameter = True
-
-    def jvp(self, rows: Tensor) -> Tensor:
-        return rows.repeat(1, self.out_size // self.in_size)
-
-    def vjp(self, rows: Tensor) -> Tensor:
-        return rows.reshape(len(rows), -1, self.in_size).sum(1)
 
 
 class Chain(Jacobian):

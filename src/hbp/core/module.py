@@ -26,7 +26,6 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any, Final
 
 import torch
@@ -193,7 +192,8 @@ class Record:
                 "backward_hessian() before overwriting it, or use an out-of-place "
                 "operation."
             )
-        return kept.to(torch.promote_types(kept.dtype, torch.float32))
+        wide = torch.promote_types(kept.dtype, torch.float32)
+        return kept.to(wide) if kept.is_floating_point() else kept
 
     def delta_of(self, layer: nn.Module) -> Tensor:
         """δ, [N, ...], for a second-order term.
@@ -263,6 +263,7 @@ class HBPModule(nn.Module):
         schemes: Which of the two choices of ``set_hbp_approximation`` matter here.
         input_dimensions: How many x must have, samples included; None for any.
         structure: What becomes of a parameter's block; ``hbp.blocks`` splits it.
+        is_nest: Whether it is nothing but the modules inside it.
     """
 
     last_record: Record
@@ -271,6 +272,7 @@ class HBPModule(nn.Module):
     schemes: Sequence[str] = ()
     input_dimensions: int | None = None
     structure: Callable[[Operator, Tensor], Operator] | None = None
+    is_nest = False
     set_hbp_blocks: Callable[..., None]  # hbp.blocks gives it.
 
     # --- The rules of a layer, for every sample. --------------------------------------
@@ -309,18 +311,6 @@ class HBPModule(nn.Module):
                 "sample, flatten what is between into the batch."
             )
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Tell the author of a layer for hbp 0.1 what to change."""
-        super().__init_subclass__(**kwargs)
-        for rule in ("jacobian", "second_order", "parameter_jacobians"):
-            if "hessian_pass" in signature(getattr(cls, rule)).parameters:
-                raise TypeError(
-                    f"{cls.__name__}.{rule} takes a hessian_pass, but a rule speaks of "
-                    "every sample now, and averages nothing: jacobian(self) and "
-                    "parameter_jacobians(self) return maps of hbp.core.jacobians, "
-                    "second_order(self, J) [N, ...]. See the page Write a layer."
-                )
-
     # --- The pass. --------------------------------------------------------------------
 
     def backward_hessian(
@@ -343,6 +333,8 @@ class HBPModule(nn.Module):
                 features], summed over the batch as by ``batch_summed_hessian``, for
                 averaged curvature; or [N, features, features], one matrix for each
                 sample as by ``per_sample_hessian``, for [exact products][eq-exact].
+                If z is a sequence, [N, T, C], and the loss a sum over positions, that
+                of ``z.flatten(0, 1)`` will do: [N · T, C, C].
             compute_input_hessian: Whether to return the curvature w.r.t. the input.
             modify_2nd_order_terms: ``None`` or ``"none"`` (Hessian), ``"ggn"`` or
                 ``"zero"``, which is the same (generalized Gauss-Newton), ``"abs"`` or
@@ -432,6 +424,9 @@ class HBPModule(nn.Module):
         self.check_record()
         record = self.last_record
         count, features = record.output_shape[0], record.output_shape[1:].numel()
+        # Of a sequence, every position may have a matrix: [N · positions, C, C].
+        if reading.samples and H.shape[0] == count * features:
+            reading.samples = count
         if reading.samples not in (None, count):
             raise ValueError(
                 f"output_hessian has matrices for {reading.samples} samples, but "

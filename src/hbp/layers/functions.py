@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hbp.core.layers.elementwise import ElementwiseRule
 from hbp.core.layers.shape import RearrangementRule
-from hbp.layers.general import AffineRule
+from hbp.layers.general import AffineRule, GeneralRule
 
 Function = Callable[[Tensor], Tensor]
 
@@ -86,6 +86,22 @@ class HBPElementwise(ElementwiseRule, _Call):
     def second_derivative(self, x: Tensor, first: Tensor) -> Tensor | None:
         """φ''(x)."""
         return self.second(x) if self.second else super().second_derivative(x, first)
+
+
+class HBPFunction(GeneralRule, _Call):
+    """Any smooth function of a sample, without parameters.
+
+    Args:
+        function: [N, ...] → [N, ...], sample by sample, of a tensor and of the further
+            arguments.
+        args: These arguments.
+        options: Those with a name.
+
+    Examples:
+        >>> import torch
+        >>> from hbp import HBPFunction
+        >>> normalised = HBPFunction(torch.nn.functional.normalize, dim=1)
+    """
 
 
 class HBPCall(AffineRule, _Call):

@@ -124,12 +124,22 @@ class OwnStatisticsRule(GeneralRule):
 class HBPLayerNorm(OwnStatisticsRule, nn.LayerNorm):
     """``torch.nn.LayerNorm`` that sends curvature backward."""
 
+    @property
+    def mixed(self) -> int:  # type: ignore[override]
+        """Every position has statistics of its own."""
+        return len(self.normalized_shape)
+
     def normed(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, eps=self.eps)
 
 
 class HBPRMSNorm(OwnStatisticsRule, nn.RMSNorm):
     """``torch.nn.RMSNorm`` that sends curvature backward."""
+
+    @property
+    def mixed(self) -> int:  # type: ignore[override]
+        """Every position has statistics of its own."""
+        return len(self.normalized_shape)
 
     def normed(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, eps=self.eps)

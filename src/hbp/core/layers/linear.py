@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ..jacobians import Bias, Jacobian, Matrix, Weight
+from ..jacobians import Jacobian, Matrix, Spread, Weight
 from ..module import HBPModule
 
 
@@ -23,22 +23,29 @@ class HBPLinear(HBPModule, nn.Linear):
     H̄ ⊗ E[xxᵀ], see ``set_hbp_approximation``. H_x and H_b are the same in both. Exact
     products sum H_z ⊗ x xᵀ over the samples.
 
-    Arguments are those of ``torch.nn.Linear``. The Hessian pass takes inputs of shape
-    [N, in_features].
+    A sample may be a sequence of x_p, [N, ..., in_features]. Then the layer acts on
+    every position p, and [the weight's block][eq-positions] is
+
+        H_W = Σ_pq H_pq ⊗ x_p x_qᵀ        H_b = Σ_pq H_pq,
+
+    with H_pq the part of H_z that couples positions p and q.
+
+    Arguments are those of ``torch.nn.Linear``.
     """
 
     schemes = ("average_parameter_jacobian",)
-    input_dimensions = 2
 
     def forward(self, input: Tensor) -> Tensor:
-        """z = Wx + b, [N, in_features] → [N, out_features]."""
+        """z = Wx + b, [N, ..., in_features] → [N, ..., out_features]."""
         return self.record(input, super().forward(input), keep=input)
 
     def jacobian(self) -> Jacobian:
-        return Matrix(self.weight, self.last_record.output_shape[0])
+        shape = self.last_record.output_shape
+        return Matrix(self.weight, shape[0], shape[1:-1])
 
     def parameter_jacobians(self) -> Iterable[tuple[Tensor, Jacobian]]:
         x, delta = self.last_record.kept, self.last_record.output_gradient
         yield self.weight, Weight(x, self.out_features, delta)
         if self.bias is not None:
-            yield self.bias, Bias(self.bias.shape, self.bias.shape, len(x))
+            shape = self.last_record.output_shape
+            yield self.bias, Spread(self.bias.shape, shape[1:], len(x))

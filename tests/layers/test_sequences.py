@@ -1,0 +1,175 @@
+"""Sequences: embeddings, positions, attention, gates, and a small transformer."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SCHEMES, TREATMENTS, close, randn, seed
+from torch import Tensor, nn
+
+import hbp
+from hbp import reference
+
+VOCABULARY, LENGTH, WIDTH = 5, 4, 6
+
+
+def transformer(blocks: int = 1) -> hbp.HBPSequential:
+    """Embedding, positions, blocks of causal attention and a gated layer, logits."""
+
+    def block() -> list[hbp.HBPModule]:
+        attention = hbp.HBPSequential(
+            hbp.HBPLayerNorm(WIDTH),
+            hbp.HBPLinear(WIDTH, 3 * WIDTH),
+            hbp.HBPAttention(2, causal=True),
+            hbp.HBPLinear(WIDTH, WIDTH),
+        )
+        gate = hbp.HBPSequential(hbp.HBPLinear(WIDTH, 3), hbp.HBPSiLU())
+        gated = hbp.HBPSequential(
+            hbp.HBPRMSNorm(WIDTH),
+            hbp.HBPJoin(operator.mul, gate, hbp.HBPLinear(WIDTH, 3)),
+            hbp.HBPLinear(3, WIDTH),
+        )
+        return [hbp.HBPResidual(attention), hbp.HBPResidual(gated)]
+
+    seed(0)
+    layers = [layer for _ in range(blocks) for layer in block()]
+    return hbp.HBPSequential(
+        hbp.HBPEmbedding(VOCABULARY, WIDTH),
+        hbp.HBPPosition(LENGTH, WIDTH),
+        *layers,
+        hbp.HBPLinear(WIDTH, VOCABULARY),
+    ).double()
+
+
+def tokens(count: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(VOCABULARY, (count, LENGTH + 1), generator=generator)
+    return text[:, :-1], text[:, 1:]
+
+
+def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+def send_back(model: hbp.HBPModule, treatment: str, flat: bool = True) -> None:
+    """Exact curvature of a batch of tokens."""
+    inputs, targets = tokens()
+    outputs = model(inputs)
+    seen = outputs.flatten(0, 1) if flat else outputs
+    loss = F.cross_entropy(seen.view(-1, VOCABULARY), targets.flatten())
+    hessians = hbp.per_sample_hessian(loss, seen)
+    model.zero_grad()
+    loss.backward()
+    model.backward_hessian(hessians, modify_2nd_order_terms=treatment)
+
+
+JUDGES: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "none": reference.hessian_blocks,
+    "ggn": reference.ggn_blocks,
+}
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["by position", "by sample"])
+@pytest.mark.parametrize("limit", [2**29, 2500], ids=["formed", "in products"])
+@pytest.mark.parametrize("treatment", JUDGES)
+def test_exact_blocks_of_a_transformer(treatment: str, limit: int, flat: bool) -> None:
+    model = transformer()
+    expected = JUDGES[treatment](model, loss_of, *tokens())
+    if not flat and limit < 2**29:
+        pytest.skip("The output Hessian itself would not fit.")
+    before = hbp.set_dense_limit(limit)
+    try:
+        send_back(model, treatment, flat)
+        for name, parameter in model.named_parameters():
+            vectors = randn(parameter.numel(), 2)
+            found = parameter.hessian @ vectors
+            close(found, expected[name] @ vectors, what=name)
+    finally:
+        hbp.set_dense_limit(before)
+
+
+def test_large_second_order_terms_are_refused_by_name() -> None:
+    model = transformer()
+    before = hbp.set_dense_limit(2500)
+    try:
+        with pytest.raises(MemoryError, match=r"HBP.* not diagonal.*Choose 'ggn'"):
+            send_back(model, "abs")
+        assert all(p.hessian is None for p in model.parameters())
+    finally:
+        hbp.set_dense_limit(before)
+
+
+def test_abs_and_clip_are_nonnegative() -> None:
+    model = transformer()
+    for treatment in ("abs", "clip"):
+        send_back(model, treatment)
+        for p in model.parameters():
+            values = p.hessian.eigvalsh()
+            assert values[0] > -1e-12 * values[-1]
+
+
+def as_linear(layer: hbp.HBPEmbedding) -> hbp.HBPLinear:
+    twin = hbp.HBPLinear(VOCABULARY, 2, bias=False).double()
+    with torch.no_grad():
+        twin.weight.copy_(layer.weight.T)
+    return twin
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+def test_an_embedding_is_a_linear_layer_of_one_hot_vectors(padding: int | None) -> None:
+    seed(0)
+    layer = hbp.HBPEmbedding(VOCABULARY, 2, padding_idx=padding).double()
+    inputs, _ = tokens()
+    one_hot = F.one_hot(inputs, VOCABULARY).double()
+    if padding is not None:
+        one_hot[..., padding] = 0
+    top = [hbp.HBPTanh(), hbp.HBPFlatten(), hbp.HBPLinear(2 * LENGTH, 3)]
+    top = [part.double() for part in top]
+    twin = as_linear(layer)
+    labels = torch.arange(len(inputs)) % 3
+    found = []
+    for first, x in ((layer, inputs), (twin, one_hot)):
+        model = hbp.HBPSequential(first, *top)
+        outputs = model(x)
+        loss = F.cross_entropy(outputs, labels)
+        hessians = hbp.per_sample_hessian(loss, outputs)
+        model.zero_grad()
+        loss.backward()
+        blocks = []
+        for treatment in TREATMENTS[1:]:
+            model.backward_hessian(hessians, modify_2nd_order_terms=treatment)
+            blocks.append(first.weight.hessian)
+            for scheme in SCHEMES:
+                model.set_hbp_approximation(*scheme)
+                H = hessians.sum(0)
+                model.backward_hessian(H, modify_2nd_order_terms=treatment)
+                blocks.append(first.weight.hessian)
+        found.append(blocks)
+    order = torch.arange(2 * VOCABULARY).view(2, VOCABULARY).T.flatten()
+    for own, other in zip(*found, strict=True):
+        expected = other.to_dense()[order][:, order]
+        if padding is not None:
+            row = slice(2 * padding, 2 * padding + 2)
+            expected[row], expected[:, row] = 0, 0
+        close(own.to_dense(), expected)
+        vectors = randn(len(expected), 3)
+        close(own @ vectors, expected @ vectors)
+
+
+def test_the_default_step_trains_a_transformer() -> None:
+    model = transformer(2).float()
+    inputs, targets = tokens(16)
+    optimizer = hbp.CGNewton(model.parameters())
+    losses = []
+    for _ in range(30):
+        outputs = model(inputs)
+        loss = loss_of(outputs, targets)
+        optimizer.zero_grad()
+        hbp.backward(model, outputs, loss, curvature="ggn")
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
