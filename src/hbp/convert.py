@@ -12,7 +12,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partialmethod
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,10 @@ from hbp.core.containers import HBPResidual, HBPSequential
 from hbp.core.jacobians import Jacobian
 from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import SymmetricOperator
-from hbp.layers.functions import HBPCall, HBPRearrangement
-from hbp.layers.shape import HBPReshape
+from hbp.layers.functions import HBPCall, HBPFunction, HBPRearrangement
+from hbp.layers.general import BilinearRule
+from hbp.layers.paths import HBPJoin
+from hbp.layers.shape import HBPIdentity, HBPReshape
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -105,10 +107,10 @@ _CALLS |= {name: names[0] for names in (_ADD, _SUB, _MUL, _DIV) for name in name
 _IN_PLACE = [name for names in (_ADD, _SUB, _MUL, _DIV) for name in names[1::3]]
 # The same with the tensor last, as in 1 - x.
 _REVERSED: dict[Any, Any] = {operator.add: operator.add, operator.mul: operator.mul}
-_REVERSED |= {operator.sub: torch.rsub, operator.truediv: None}
+_REVERSED |= {operator.sub: torch.rsub, operator.truediv: torch.reciprocal}
 _SUMS = _ADD + _SUB
 _STEPS = (*_FUNCTIONS, *_RESHAPES, *_CALLS)
-_SHAPES = (getattr, operator.getitem, "size")
+_PICKS = (operator.getitem, torch.split, torch.chunk, "split", "chunk")
 
 _WAY_OUT = (
     "What it knows is on the page Curvature for a model you have.\n"
@@ -126,14 +128,21 @@ class Converted(HBPModule):
     Args:
         chain: What ``forward`` does.
         children: The layers in it, by name; they may be inside plain containers.
+        own: The module, of which parameters and buffers of its own are taken.
     """
 
     _chain: HBPSequential
 
-    def __init__(self, chain: HBPSequential, children: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, chain: HBPSequential, children: dict[str, nn.Module], own: nn.Module
+    ) -> None:
         super().__init__()
         vars(self)["_chain"] = chain
         self._modules.update(children)
+        for name, parameter in own._parameters.items():
+            self.register_parameter(name, parameter)
+        self._buffers.update(own._buffers)
+        self._non_persistent_buffers_set.update(own._non_persistent_buffers_set)
 
     def forward(self, input: Tensor) -> Tensor:
         """What the module's ``forward`` computes."""
@@ -158,7 +167,7 @@ class Converted(HBPModule):
         super().__setattr__(name, value)
 
 
-def _twin(module: nn.Module, path: str, met: set[nn.Module]) -> HBPModule:
+def _twin(module: nn.Module, path: str, met: set[Any]) -> HBPModule:
     """The twin of what has that name in the model; layers are added to ``met``."""
     if isinstance(module, HBPModule) and not isinstance(module, HBPSequential):
         _meet(module, path, met)
@@ -191,7 +200,7 @@ def _twin(module: nn.Module, path: str, met: set[nn.Module]) -> HBPModule:
     return twin
 
 
-def _meet(layer: nn.Module, path: str, met: set[nn.Module]) -> None:
+def _meet(layer: nn.Module, path: str, met: set[Any]) -> None:
     if layer in met:
         raise ValueError(
             f"{_named(layer, path)} is used twice. It records one forward pass, so its "
@@ -228,6 +237,8 @@ for _way in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
 class _Tracer(fx.Tracer):
     """Records the calls of a module's own ``forward``, and none inside its children."""
 
+    proxy_buffer_attributes = True
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -244,20 +255,31 @@ class _Reading:
         met: The layers that were met before.
     """
 
-    def __init__(self, module: nn.Module, path: str, met: set[nn.Module]) -> None:
+    def __init__(self, module: nn.Module, path: str, met: set[Any]) -> None:
         self._module, self._path, self._met = module, path, met
         self._where = f"the forward of {_named(module, path)}"
         self._graph = self._trace()
         self._children: dict[str, HBPModule] = {}
         self._made: dict[fx.Node, HBPModule] = {}
         self._read: set[fx.Node] = set()
+        # Values of which a later function asks the shape, and who notes it.
+        self._noted: dict[fx.Node, _NotedShape] = {}
+        # What depends on the input, other than by its shape.
+        self._depends: set[fx.Node] = set()
         # The latest value that all paths to a value go through.
         self._before: dict[fx.Node, fx.Node] = {}
         for node in self._graph.nodes:
-            if node.op.startswith("call") and _called(node) not in _SHAPES:
-                values = self._operands(node)
-                past = set(self._line(values[-1]))
-                self._before[node] = next(v for v in self._line(values[0]) if v in past)
+            if node.op == "placeholder":
+                self._depends.add(node)
+            elif node.op.startswith("call") and not _asks(node) and self._values(node):
+                self._depends.add(node)
+                values = self._values(node)
+                first, *others = map(self._line, values)
+                past = [set(line) for line in others]
+                self._before[node] = next(
+                    v for v in first if all(v in line for line in past)
+                )
+                self._operands(node)
 
     def twin(self) -> HBPModule:
         chain = HBPSequential(*self._steps(*self._ends()))
@@ -273,7 +295,7 @@ class _Reading:
                 while name in children:
                     name += "_"
                 children[name] = self._made[node]
-        twin = Converted(chain, children)
+        twin = Converted(chain, children, self._module)
         twin.training = self._module.training
         return twin
 
@@ -305,42 +327,51 @@ class _Reading:
         (result,) = list(self._graph.nodes)[-1].args
         if len(inputs) != 1 or not isinstance(result, fx.Node):
             raise self._error("it must take one tensor and return one")
-        self._require_value(result)
         return result, inputs[0]
 
+    def _values(self, node: fx.Node) -> list[fx.Node]:
+        """The values that a step takes, each as often as it does."""
+        found: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), found.append)
+        return [value for value in found if value in self._depends]
+
+    def _is_joint(self, node: fx.Node) -> bool:
+        """Whether it is no layer's step, nor a sum of two: then autograd knows it."""
+        values, called = self._values(node), _called(node)
+        others = [n for n in node.all_input_nodes if n not in self._depends]
+        if called is None:
+            return False
+        if called in _SUMS and len(values) == 2 and not others:
+            return _is_tuple(self._before[node])
+        if called not in _STEPS or len(values) > 1:
+            return True
+        sizes = called in _RESHAPES and all(map(_is_batch_size, others))
+        reversed_division = called in _DIV and node.args[0] is not values[0]
+        return reversed_division or bool(others and not sizes)
+
     def _operands(self, node: fx.Node) -> list[fx.Node]:
-        """The values that a step takes: one, or the two of a sum."""
-        called = _called(node)
-        if called is not None and called not in _STEPS:
-            raise _unsupported(f"{_described(node)} in {self._where}")
-        most = 2 if called in _SUMS else len(node.args) if called in _CALLS else 1
-        operands = [value for value in node.args[:most] if isinstance(value, fx.Node)]
-        for value in operands:
-            self._require_value(value)
-        is_sum = len(operands) == 2 and called in _SUMS
-        others = is_sum and (node.args[2:] or node.kwargs.keys() - {"alpha"})
-        if others or not (is_sum or len(operands) == 1):
-            raise self._error(
-                f"{_described(node)} has other arguments than a value and options, or "
-                "the two values of a sum or difference"
-            )
-        if called in _IN_PLACE and self._is_used_elsewhere(operands[0]):
+        """The values of a step, once nothing speaks against it."""
+        values, called = self._values(node), _called(node)
+        in_place = called in _IN_PLACE or str(called).endswith("_")
+        is_sum = called in _SUMS and len(values) == 2
+        options = node.kwargs.keys() - {"alpha"} if is_sum else {"out"} & {*node.kwargs}
+        if options:
+            raise self._error(f"{_described(node)} has other options: {min(options)}")
+        if in_place and self._is_joint(node):
+            raise self._error(f"{_described(node)} is in place; write it out of place")
+        if in_place and self._is_used_elsewhere(values[0]):
             raise self._error(
                 f"{_described(node)} overwrites what is used elsewhere, too; write it "
                 "out of place, as x + y"
             )
-        return operands
+        return values
 
     def _is_used_elsewhere(self, value: fx.Node) -> bool:
         """Whether something else reads a value, or that of which it may be a view."""
-        if sum(_called(user) not in _SHAPES for user in value.users) > 1:
+        if sum(user in self._depends for user in value.users) > 1:
             return True
         is_view = _called(value) in (*_RESHAPES, *_IN_PLACE, *_VIEWS)
         return is_view and any(map(self._is_used_elsewhere, self._operands(value)))
-
-    def _require_value(self, node: fx.Node) -> None:
-        if node.op != "placeholder" and node not in self._before:
-            raise _unsupported(f"{_described(node)} in {self._where}")
 
     def _line(self, node: fx.Node) -> Iterator[fx.Node]:
         """The values that all paths to a value go through, from it to the input."""
@@ -358,11 +389,28 @@ class _Reading:
                     f"the result of {_described(end)} is used more than once, and "
                     "not as x + branch(x) or shortcut(x) + branch(x)"
                 )
+            steps += self._noting(end)
             self._read.add(end)
+            if self._weights_beside(end):
+                steps.append(self._shift(end))
+                end = self._before[end]
+                continue
+            if self._is_joint(end):
+                step, end = self._joint(end)
+                steps.append(step)
+                continue
             read = self._step if len(self._operands(end)) == 1 else self._residual
             steps.append(read(end))
             end = self._before[end]
+        steps += self._noting(start)
         return [step for step in reversed(steps) if not _is_empty(step)]
+
+    def _noting(self, value: fx.Node) -> list[HBPModule]:
+        """Who notes the shape of a value, if anybody wants to know it; once."""
+        if self._noted.get(value) in (None, *self._made.values()):
+            return []
+        self._made[value] = self._noted[value]
+        return [self._noted[value]]
 
     def _residual(self, node: fx.Node) -> HBPModule:
         # Random layers draw in the order of forward, and a branch comes first.
@@ -392,6 +440,111 @@ class _Reading:
         self._made[node] = twin
         return twin
 
+    def _joint(self, node: fx.Node) -> tuple[HBPModule, fx.Node]:
+        """A layer for a function of several values, and where its paths begin.
+
+        It is as large as it can be: all that leads to the node without weights.
+        """
+        start = self._before[node]
+        while _is_tuple(start):
+            start = self._before[start]
+        inside, leaves, waiting = {node}, list[fx.Node](), [node]
+        while waiting:
+            for value in self._values(waiting.pop()):
+                if value is start or self._has_weights(value):
+                    leaves += [value] if value not in leaves else []
+                elif value not in inside:
+                    self._operands(value)
+                    inside.add(value)
+                    waiting.append(value)
+        self._read |= inside
+        function = _Region(self, leaves, inside).function(node)
+        function.training = self._module.training
+        if len(leaves) == 1:
+            affine = all(map(self._is_affine, inside))
+            return (HBPCall if affine else HBPFunction)(function), leaves[0]
+        steps = [self._steps(leaf, start) or [HBPIdentity()] for leaf in leaves]
+        return HBPJoin(function, *(HBPSequential(*path) for path in steps)), start
+
+    def _weights_beside(self, node: fx.Node) -> list[fx.Node]:
+        """Of a sum with a value, the parameter or embedding that the rest is made of.
+
+        There is none if the node is no such sum.
+        """
+        is_sum = _called(node) in (operator.add, torch.add, "add") and not node.kwargs
+        if not is_sum or len(self._values(node)) != 1:
+            return []
+        found, waiting = list[fx.Node](), list(node.all_input_nodes)
+        while waiting:
+            source = waiting.pop()
+            if source in self._depends or source in found:
+                continue
+            if source.op == "get_attr" and "." not in str(source.target):
+                is_parameter = str(source.target) in self._module._parameters
+                found += [source] if is_parameter else []
+            elif source.op == "call_module" and self._has_weights(source):
+                found.append(source)
+            else:
+                waiting += source.all_input_nodes
+        return found
+
+    def _shift(self, node: fx.Node) -> HBPModule:
+        """x + w, for a parameter w of the module or the weight of an embedding."""
+        (source, *more), (value,) = self._weights_beside(node), self._values(node)
+        if more:
+            raise self._error(f"{_described(node)} adds several parameters at once")
+        name, path = str(source.target), _join(self._path, str(source.target))
+        region = _Region(self, [value], set())
+        weight = region.copies[source] = region.graph.placeholder("weight")
+        kind: type[_Shift] = _ShiftOfModule
+        met: Any = self._module._parameters.get(name)
+        own: Any = met
+        if source.op == "call_module":
+            layer = self._module.get_submodule(name)
+            if type(layer) is not nn.Embedding or layer.padding_idx is not None:
+                raise _unsupported(f"{_described(source)} in {self._where}")
+            _refuse_changed(layer, path)
+            args = *fx.node.map_arg(source.args, region.copied), weight
+            region.copies[source] = region.graph.call_function(F.embedding, args)
+            own, kind, met = layer.weight, _ShiftOfLayer, layer
+        if met in self._met:
+            raise self._error(f"it uses {path} twice")
+        self._met.add(met)
+        shift: Any = kind(own, region.function(node))
+        if source.op == "call_module":
+            self._children[name] = shift
+        self._made[node] = shift
+        return cast(HBPModule, shift)
+
+    def _has_weights(self, node: fx.Node) -> bool:
+        if node.op != "call_module":
+            return False
+        module = self._module.get_submodule(str(node.target))
+        return isinstance(module, HBPModule) or any(True for _ in module.parameters())
+
+    def _is_affine(self, node: fx.Node) -> bool:
+        known = _called(node) in (*_PICKS, *_RESHAPES, *_CALLS)
+        return known and len(self._values(node)) == 1 and node.args[0] in self._depends
+
+    def noted(self, value: fx.Node) -> _NotedShape:
+        """Who notes the shape of a value as it runs."""
+        return self._noted.setdefault(value, _NotedShape())
+
+    def attribute(self, node: fx.Node) -> Tensor:
+        """A tensor of the module that is no parameter."""
+        path, _, name = str(node.target).rpartition(".")
+        value: Tensor = getattr(self._module.get_submodule(path), name)
+        if isinstance(value, nn.Parameter):
+            raise _unsupported(f"{_described(node)} in {self._where}")
+        return value
+
+    def without_weights(self, node: fx.Node) -> nn.Module:
+        """A copy of a module that has none, and may be called inside a function."""
+        if self._has_weights(node):
+            raise _unsupported(f"{_described(node)} in {self._where}")
+        module = self._module.get_submodule(str(node.target))
+        return _copied(module, type(module))
+
     def _function(self, node: fx.Node) -> HBPModule:
         (value,), options, target = self._operands(node), node.kwargs, node.target
         args = [arg for arg in node.args if arg is not value]
@@ -400,8 +553,8 @@ class _Reading:
             mixes = target in _REDUCTIONS and not args and options.get("dim") is None
             bends = bool(options) and function in _REVERSED
             if node.args[0] is not value:
-                function = _REVERSED.get(function)
-            if mixes or bends or not function:
+                function = _REVERSED[function]
+            if mixes or bends:
                 raise _unsupported(f"{_described(node)} in {self._where}")
             kind = HBPRearrangement if function.__name__ in _MOVES else HBPCall
             return kind(function, *args, **options)
@@ -466,6 +619,112 @@ class _Reading:
         )
 
 
+class _NotedShape(HBPIdentity):
+    """It passes x on, and notes its shape for a function further up."""
+
+    shape: torch.Size
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.shape = input.shape
+        return super().forward(input)
+
+
+class _ShapeLike(nn.Module):
+    """The shape that was noted, for as many samples as a tensor has."""
+
+    def __init__(self, noted: _NotedShape) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def forward(self, input: Tensor) -> torch.Size:
+        return torch.Size([len(input), *self.noted.shape[1:]])
+
+
+class _Shift(nn.Module):
+    """x plus something linear in a parameter, as for positions."""
+
+    def __init__(self, weight: nn.Parameter, function: fx.GraphModule) -> None:
+        super().__init__()
+        self.weight, self.function = weight, function
+
+    def forward(self, input: Tensor) -> Tensor:
+        result: Tensor = self.function(input, self.weight)
+        return result
+
+
+class _ShiftOfLayer(BilinearRule, _Shift):
+    """The same, with the weight of an embedding."""
+
+
+class _ShiftOfModule(BilinearRule, _Shift):
+    """The same, with a parameter that the module around it saves and loads."""
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+
+class _Region:
+    """A part of a graph as a function of its own.
+
+    Args:
+        reading: Whose graph it is.
+        inputs: What the function takes.
+        inside: The values that it computes from them.
+    """
+
+    def __init__(
+        self, reading: _Reading, inputs: list[fx.Node], inside: set[fx.Node]
+    ) -> None:
+        self._reading, self._inside = reading, {*inputs, *inside}
+        self._root, self.graph = nn.Module(), fx.Graph()
+        self.copies: dict[fx.Node, Any] = {}
+        for index, value in enumerate(inputs):
+            self.copies[value] = self.graph.placeholder(f"input_{index}")
+        self._like = self.copies[inputs[0]]
+
+    def function(self, end: fx.Node) -> fx.GraphModule:
+        """inputs → end."""
+        self.graph.output(self.copied(end))
+        return fx.GraphModule(self._root, self.graph)
+
+    def copied(self, node: fx.Node) -> Any:
+        if node not in self.copies:
+            asks = _asks(node) and node.args[0] not in self._inside
+            self.copies[node] = self._answer(node) if asks else self._made(node)
+        return self.copies[node]
+
+    def _made(self, node: fx.Node) -> fx.Node:
+        name = str(node.target).replace(".", "_")
+        if node.op == "get_attr":
+            value = self._reading.attribute(node)
+            self._root.register_buffer(name, value, persistent=False)
+            return self.graph.get_attr(name)
+        if node.op == "call_module":
+            self._root.add_module(name, self._reading.without_weights(node))
+            args = fx.node.map_arg(node.args, self.copied)
+            return self.graph.call_module(name, args, node.kwargs)
+        return self.graph.node_copy(node, self.copied)
+
+    def _answer(self, node: fx.Node) -> fx.Node:
+        """A shape, or what it is on, of a value that is not computed here."""
+        value, *rest = node.args
+        if node.target is getattr and rest != ["shape"]:
+            return self.graph.call_function(getattr, (self._like, *rest))
+        assert isinstance(value, fx.Node)
+        name = f"shape_of_{value.name}"
+        self._root.add_module(name, _ShapeLike(self._reading.noted(value)))
+        shape = self.graph.call_module(name, (self._like,))
+        if node.target == "size" and (rest or node.kwargs):
+            which = rest[0] if rest else node.kwargs["dim"]
+            return self.graph.call_function(operator.getitem, (shape, which))
+        return (
+            self.graph.call_function(len, (shape,)) if node.target == "dim" else shape
+        )
+
+
 def _summary(graph: fx.Graph, training: bool) -> list[tuple[Any, ...]]:
     """All that is done, but for options that say that this is training, or is not."""
     steps = []
@@ -475,6 +734,18 @@ def _summary(graph: fx.Graph, training: bool) -> list[tuple[Any, ...]]:
             del options["training"]
         steps.append((node.op, node.target, str(node.args), str(options)))
     return steps
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    """Whether it is that of x.chunk() or the like: it is always taken apart."""
+    users = [user for user in node.users if not _asks(user)]
+    picks = [user for user in users if _called(user) is operator.getitem]
+    return bool(users) and picks == users and all(type(p.args[1]) is int for p in picks)
+
+
+def _asks(node: fx.Node) -> bool:
+    """Whether it is x.size(), x.dim(), x.shape, x.device or the like."""
+    return _called(node) in (getattr, "size", "dim")
 
 
 def _called(node: fx.Node) -> Any:

@@ -194,7 +194,7 @@ class Matrix(SharedJacobian):
 
     def __init__(self, W: Tensor, samples: int, positions: Sequence[int] = ()) -> None:
         reads = [Watched(W, "A weight")]
-        shapes = [(*positions, W.shape[1]), (*positions, W.shape[0])]
+        shapes = (*positions, W.shape[1]), (*positions, W.shape[0])
         super().__init__(*shapes, samples, reads=reads)
         self._W = W.detach()
         self.matrix = None if positions else self._W

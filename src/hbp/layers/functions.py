@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hbp.core.layers.elementwise import ElementwiseRule
 from hbp.core.layers.shape import RearrangementRule
-from hbp.layers.general import AffineRule, GeneralRule
+from hbp.layers.general import AffineRule, FunctionRule
 
 Function = Callable[[Tensor], Tensor]
 
@@ -26,6 +26,8 @@ class _Call(nn.Module):
         return self.function(input, *self.args, **self.options)
 
     def extra_repr(self) -> str:
+        if isinstance(self.function, nn.Module):
+            return ""  # It is shown below.
         name = getattr(self.function, "__name__", repr(self.function))
         options = [f"{key}={value!r}" for key, value in self.options.items()]
         return ", ".join([name, *map(repr, self.args), *options])
@@ -88,7 +90,7 @@ class HBPElementwise(ElementwiseRule, _Call):
         return self.second(x) if self.second else super().second_derivative(x, first)
 
 
-class HBPFunction(GeneralRule, _Call):
+class HBPFunction(FunctionRule, _Call):
     """Any smooth function of a sample, without parameters.
 
     Args:
@@ -116,9 +118,10 @@ class HBPCall(AffineRule, _Call):
     def check_record(self) -> None:
         super().check_record()
         before, after = self.last_record.input_shape, self.last_record.output_shape
-        # One more sample has to make one more output, whatever dimension is moved.
-        more = torch.empty(before[0] + 1, *before[1:], device="meta")
-        if _Call.forward(self, more).shape != (after[0] + 1, *after[1:]):
+        # Another number of samples has to make as many outputs.
+        count, (dtype, device) = (2 if before[0] == 1 else 1), self.last_record.kind
+        other = torch.zeros(count, *before[1:], dtype=dtype, device=device)
+        if _Call.forward(self, other).shape != (count, *after[1:]):
             raise ValueError(
                 f"{self} made {list(after)} of {list(before)}, but does not keep the "
                 "samples apart. Dimension 0 has to stay as it is."

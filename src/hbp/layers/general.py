@@ -339,6 +339,24 @@ def _fits(entries: int, like: Tensor) -> bool:
     return entries * like.element_size() <= settings.dense_limit
 
 
+class FunctionRule(GeneralRule):
+    """The rule of a function that somebody gives, of which little is known."""
+
+    def check_record(self) -> None:
+        super().check_record()
+        x = self.last_record.kept
+        one, among = self._function(x[:1]), self._function(x)[:1]
+        tolerance = torch.finfo(one.dtype).eps ** 0.5
+        if one.shape != among.shape or not torch.allclose(
+            one, among, tolerance, tolerance, equal_nan=True
+        ):
+            raise ValueError(
+                f"{self} makes something else of a sample alone than among others: it "
+                "mixes samples, or is random. Keep dimension 0 as it is; for dropout, "
+                "call eval()."
+            )
+
+
 class SoftmaxRule(GeneralRule):
     """A softmax, or the logarithm of one, within each sample."""
 

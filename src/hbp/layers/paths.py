@@ -14,7 +14,7 @@ from hbp.core.jacobians import Batch, Jacobian, SharedJacobian
 from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import Congruence, OperatorSum, ZeroOperator
 from hbp.core.operators import SymmetricOperator as Operator
-from hbp.layers.general import GeneralRule
+from hbp.layers.general import FunctionRule
 
 
 class HBPParallel(HBPModule):
@@ -55,7 +55,7 @@ class HBPParallel(HBPModule):
             RuntimeError: a path overwrites x, which the others need.
         """
         version = input._version
-        outputs = [path(input) for path in self._modules.values()]
+        outputs = [path(input) for path in self._paths]
         if input._version != version:
             raise RuntimeError(
                 "A path of this HBPParallel changes its input in place, but the others "
@@ -230,8 +230,8 @@ class _OfRow(nn.Module):
         return self.function(*(part.unflatten(1, shape) for part, shape in shaped))
 
     def extra_repr(self) -> str:
-        return getattr(self.function, "__name__", repr(self.function))
+        return getattr(self.function, "__name__", "")
 
 
-class _Joint(GeneralRule, _OfRow):
+class _Joint(FunctionRule, _OfRow):
     """The same, for ``HBPJoin``."""

@@ -136,8 +136,8 @@ class _Attention(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         # [N, T, 3 · features] → [3, N, heads, T, features of a head].
-        parts = input.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*parts, is_causal=self.causal)
+        q, k, v = input.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return mixed.transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
