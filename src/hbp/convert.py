@@ -11,7 +11,6 @@ import copy
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import partialmethod
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,9 +23,20 @@ from hbp.core.jacobians import Jacobian
 from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import SymmetricOperator
 from hbp.layers.functions import HBPCall, HBPFunction, HBPRearrangement
-from hbp.layers.general import BilinearRule
 from hbp.layers.paths import HBPJoin
 from hbp.layers.shape import HBPIdentity, HBPReshape
+from hbp.regions import (
+    NotedShape,
+    Region,
+    Shift,
+    ShiftOfLayer,
+    ShiftOfModule,
+    Tracer,
+    asks,
+    called_by,
+    is_tuple,
+    summary,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -222,30 +232,6 @@ def _copied(module: nn.Module, kind: type[M]) -> M:
     return twin
 
 
-# Some releases of torch ship no types for fx.Proxy: a base class of type Any.
-class _Proxy(fx.Proxy):  # type: ignore[no-any-unimported, misc, unused-ignore]
-    """What stands for a tensor; torch.fx itself takes ``+=`` for ``+``, and so on."""
-
-    def _in_place(self, function: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-for _way in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
-    setattr(_Proxy, f"__{_way.__name__}__", partialmethod(_Proxy._in_place, _way))
-
-
-class _Tracer(fx.Tracer):
-    """Records the calls of a module's own ``forward``, and none inside its children."""
-
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-
 class _Reading:
     """The ``forward`` of a module, read as a chain of layers and shortcuts.
 
@@ -263,7 +249,7 @@ class _Reading:
         self._made: dict[fx.Node, HBPModule] = {}
         self._read: set[fx.Node] = set()
         # Values of which a later function asks the shape, and who notes it.
-        self._noted: dict[fx.Node, _NotedShape] = {}
+        self._noted: dict[fx.Node, NotedShape] = {}
         # What depends on the input, other than by its shape.
         self._depends: set[fx.Node] = set()
         # The latest value that all paths to a value go through.
@@ -271,7 +257,7 @@ class _Reading:
         for node in self._graph.nodes:
             if node.op == "placeholder":
                 self._depends.add(node)
-            elif node.op.startswith("call") and not _asks(node) and self._values(node):
+            elif node.op.startswith("call") and not asks(node) and self._values(node):
                 self._depends.add(node)
                 values = self._values(node)
                 first, *others = map(self._line, values)
@@ -302,7 +288,7 @@ class _Reading:
     def _trace(self) -> fx.Graph:
         """What ``forward`` does; the same in training and evaluation, but dropout."""
         in_training, in_evaluation = self._traced(True), self._traced(False)
-        if _summary(in_training, True) != _summary(in_evaluation, False):
+        if summary(in_training, True) != summary(in_evaluation, False):
             raise self._error(
                 "it does different things in training and in evaluation mode (for "
                 "dropout, use nn.Dropout or F.dropout(x, training=self.training))"
@@ -314,7 +300,7 @@ class _Reading:
         stand_in = _copied(self._module, type(self._module))
         stand_in.training = training
         try:
-            return _Tracer().trace(stand_in)
+            return Tracer().trace(stand_in)
         except Exception as error:
             raise self._error(
                 "it cannot be followed without data: it decides, counts or converts "
@@ -337,12 +323,12 @@ class _Reading:
 
     def _is_joint(self, node: fx.Node) -> bool:
         """Whether it is no layer's step, nor a sum of two: then autograd knows it."""
-        values, called = self._values(node), _called(node)
+        values, called = self._values(node), called_by(node)
         others = [n for n in node.all_input_nodes if n not in self._depends]
         if called is None:
             return False
         if called in _SUMS and len(values) == 2 and not others:
-            return _is_tuple(self._before[node])
+            return is_tuple(self._before[node])
         if called not in _STEPS or len(values) > 1:
             return True
         sizes = called in _RESHAPES and all(map(_is_batch_size, others))
@@ -351,7 +337,7 @@ class _Reading:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The values of a step, once nothing speaks against it."""
-        values, called = self._values(node), _called(node)
+        values, called = self._values(node), called_by(node)
         in_place = called in _IN_PLACE or str(called).endswith("_")
         is_sum = called in _SUMS and len(values) == 2
         options = node.kwargs.keys() - {"alpha"} if is_sum else {"out"} & {*node.kwargs}
@@ -370,7 +356,7 @@ class _Reading:
         """Whether something else reads a value, or that of which it may be a view."""
         if sum(user in self._depends for user in value.users) > 1:
             return True
-        is_view = _called(value) in (*_RESHAPES, *_IN_PLACE, *_VIEWS)
+        is_view = called_by(value) in (*_RESHAPES, *_IN_PLACE, *_VIEWS)
         return is_view and any(map(self._is_used_elsewhere, self._operands(value)))
 
     def _line(self, node: fx.Node) -> Iterator[fx.Node]:
@@ -399,7 +385,8 @@ class _Reading:
                 step, end = self._joint(end)
                 steps.append(step)
                 continue
-            read = self._step if len(self._operands(end)) == 1 else self._residual
+            is_sum = called_by(end) in _SUMS and len(self._operands(end)) == 2
+            read = self._residual if is_sum else self._step
             steps.append(read(end))
             end = self._before[end]
         steps += self._noting(start)
@@ -446,7 +433,7 @@ class _Reading:
         It is as large as it can be: all that leads to the node without weights.
         """
         start = self._before[node]
-        while _is_tuple(start):
+        while is_tuple(start):
             start = self._before[start]
         inside, leaves, waiting = {node}, list[fx.Node](), [node]
         while waiting:
@@ -458,7 +445,7 @@ class _Reading:
                     inside.add(value)
                     waiting.append(value)
         self._read |= inside
-        function = _Region(self, leaves, inside).function(node)
+        function = Region(self, leaves, inside).function(node)
         function.training = self._module.training
         if len(leaves) == 1:
             affine = all(map(self._is_affine, inside))
@@ -471,7 +458,7 @@ class _Reading:
 
         There is none if the node is no such sum.
         """
-        is_sum = _called(node) in (operator.add, torch.add, "add") and not node.kwargs
+        is_sum = called_by(node) in (operator.add, torch.add, "add") and not node.kwargs
         if not is_sum or len(self._values(node)) != 1:
             return []
         found, waiting = list[fx.Node](), list(node.all_input_nodes)
@@ -494,9 +481,9 @@ class _Reading:
         if more:
             raise self._error(f"{_described(node)} adds several parameters at once")
         name, path = str(source.target), _join(self._path, str(source.target))
-        region = _Region(self, [value], set())
+        region = Region(self, [value], set())
         weight = region.copies[source] = region.graph.placeholder("weight")
-        kind: type[_Shift] = _ShiftOfModule
+        kind: type[Shift] = ShiftOfModule
         met: Any = self._module._parameters.get(name)
         own: Any = met
         if source.op == "call_module":
@@ -506,7 +493,7 @@ class _Reading:
             _refuse_changed(layer, path)
             args = *fx.node.map_arg(source.args, region.copied), weight
             region.copies[source] = region.graph.call_function(F.embedding, args)
-            own, kind, met = layer.weight, _ShiftOfLayer, layer
+            own, kind, met = layer.weight, ShiftOfLayer, layer
         if met in self._met:
             raise self._error(f"it uses {path} twice")
         self._met.add(met)
@@ -523,12 +510,12 @@ class _Reading:
         return isinstance(module, HBPModule) or any(True for _ in module.parameters())
 
     def _is_affine(self, node: fx.Node) -> bool:
-        known = _called(node) in (*_PICKS, *_RESHAPES, *_CALLS)
+        known = called_by(node) in (*_PICKS, *_RESHAPES, *_CALLS)
         return known and len(self._values(node)) == 1 and node.args[0] in self._depends
 
-    def noted(self, value: fx.Node) -> _NotedShape:
+    def noted(self, value: fx.Node) -> NotedShape:
         """Who notes the shape of a value as it runs."""
-        return self._noted.setdefault(value, _NotedShape())
+        return self._noted.setdefault(value, NotedShape())
 
     def attribute(self, node: fx.Node) -> Tensor:
         """A tensor of the module that is no parameter."""
@@ -617,140 +604,6 @@ class _Reading:
         return TypeError(
             f"convert() cannot turn {self._where} into HBP layers: {what}.\n{_WAY_OUT}"
         )
-
-
-class _NotedShape(HBPIdentity):
-    """It passes x on, and notes its shape for a function further up."""
-
-    shape: torch.Size
-
-    def forward(self, input: Tensor) -> Tensor:
-        self.shape = input.shape
-        return super().forward(input)
-
-
-class _ShapeLike(nn.Module):
-    """The shape that was noted, for as many samples as a tensor has."""
-
-    def __init__(self, noted: _NotedShape) -> None:
-        super().__init__()
-        self.noted = noted
-
-    def forward(self, input: Tensor) -> torch.Size:
-        return torch.Size([len(input), *self.noted.shape[1:]])
-
-
-class _Shift(nn.Module):
-    """x plus something linear in a parameter, as for positions."""
-
-    def __init__(self, weight: nn.Parameter, function: fx.GraphModule) -> None:
-        super().__init__()
-        self.weight, self.function = weight, function
-
-    def forward(self, input: Tensor) -> Tensor:
-        result: Tensor = self.function(input, self.weight)
-        return result
-
-
-class _ShiftOfLayer(BilinearRule, _Shift):
-    """The same, with the weight of an embedding."""
-
-
-class _ShiftOfModule(BilinearRule, _Shift):
-    """The same, with a parameter that the module around it saves and loads."""
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        pass
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        pass
-
-
-class _Region:
-    """A part of a graph as a function of its own.
-
-    Args:
-        reading: Whose graph it is.
-        inputs: What the function takes.
-        inside: The values that it computes from them.
-    """
-
-    def __init__(
-        self, reading: _Reading, inputs: list[fx.Node], inside: set[fx.Node]
-    ) -> None:
-        self._reading, self._inside = reading, {*inputs, *inside}
-        self._root, self.graph = nn.Module(), fx.Graph()
-        self.copies: dict[fx.Node, Any] = {}
-        for index, value in enumerate(inputs):
-            self.copies[value] = self.graph.placeholder(f"input_{index}")
-        self._like = self.copies[inputs[0]]
-
-    def function(self, end: fx.Node) -> fx.GraphModule:
-        """inputs → end."""
-        self.graph.output(self.copied(end))
-        return fx.GraphModule(self._root, self.graph)
-
-    def copied(self, node: fx.Node) -> Any:
-        if node not in self.copies:
-            asks = _asks(node) and node.args[0] not in self._inside
-            self.copies[node] = self._answer(node) if asks else self._made(node)
-        return self.copies[node]
-
-    def _made(self, node: fx.Node) -> fx.Node:
-        name = str(node.target).replace(".", "_")
-        if node.op == "get_attr":
-            value = self._reading.attribute(node)
-            self._root.register_buffer(name, value, persistent=False)
-            return self.graph.get_attr(name)
-        if node.op == "call_module":
-            self._root.add_module(name, self._reading.without_weights(node))
-            args = fx.node.map_arg(node.args, self.copied)
-            return self.graph.call_module(name, args, node.kwargs)
-        return self.graph.node_copy(node, self.copied)
-
-    def _answer(self, node: fx.Node) -> fx.Node:
-        """A shape, or what it is on, of a value that is not computed here."""
-        value, *rest = node.args
-        if node.target is getattr and rest != ["shape"]:
-            return self.graph.call_function(getattr, (self._like, *rest))
-        assert isinstance(value, fx.Node)
-        name = f"shape_of_{value.name}"
-        self._root.add_module(name, _ShapeLike(self._reading.noted(value)))
-        shape = self.graph.call_module(name, (self._like,))
-        if node.target == "size" and (rest or node.kwargs):
-            which = rest[0] if rest else node.kwargs["dim"]
-            return self.graph.call_function(operator.getitem, (shape, which))
-        return (
-            self.graph.call_function(len, (shape,)) if node.target == "dim" else shape
-        )
-
-
-def _summary(graph: fx.Graph, training: bool) -> list[tuple[Any, ...]]:
-    """All that is done, but for options that say that this is training, or is not."""
-    steps = []
-    for node in graph.nodes:
-        options = dict(node.kwargs)
-        if options.get("training") is training:
-            del options["training"]
-        steps.append((node.op, node.target, str(node.args), str(options)))
-    return steps
-
-
-def _is_tuple(node: fx.Node) -> bool:
-    """Whether it is that of x.chunk() or the like: it is always taken apart."""
-    users = [user for user in node.users if not _asks(user)]
-    picks = [user for user in users if _called(user) is operator.getitem]
-    return bool(users) and picks == users and all(type(p.args[1]) is int for p in picks)
-
-
-def _asks(node: fx.Node) -> bool:
-    """Whether it is x.size(), x.dim(), x.shape, x.device or the like."""
-    return _called(node) in (getattr, "size", "dim")
-
-
-def _called(node: fx.Node) -> Any:
-    """A function or a method's name; None for a layer, which may have such a name."""
-    return None if node.op == "call_module" else node.target
 
 
 def _is_batch_size(size: Any) -> bool:

@@ -1,0 +1,188 @@
+"""What ``torch.fx`` records of a ``forward``, and parts of it as functions.
+
+``convert`` reads it. What is no layer, as attention or a gate, becomes a function of the
+values that lead to it. A shape that it asks of another value is noted as that passes.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import partialmethod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from hbp.layers.general import BilinearRule
+from hbp.layers.shape import HBPIdentity
+
+
+# Some releases of torch ship no types for fx.Proxy: a base class of type Any.
+class _Proxy(fx.Proxy):  # type: ignore[no-any-unimported, misc, unused-ignore]
+    """What stands for a tensor; torch.fx itself takes ``+=`` for ``+``, and so on."""
+
+    def _in_place(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _way in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_Proxy, f"__{_way.__name__}__", partialmethod(_Proxy._in_place, _way))
+
+
+class Tracer(fx.Tracer):
+    """Records the calls of a module's own ``forward``, and none inside its children."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class NotedShape(HBPIdentity):
+    """It passes x on, and notes its shape for a function further up."""
+
+    shape: torch.Size
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.shape = input.shape
+        return super().forward(input)
+
+
+class ShapeLike(nn.Module):
+    """The shape that was noted, for as many samples as a tensor has."""
+
+    def __init__(self, noted: NotedShape) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def forward(self, input: Tensor) -> torch.Size:
+        return torch.Size([len(input), *self.noted.shape[1:]])
+
+
+class Shift(nn.Module):
+    """x plus something linear in a parameter, as for positions."""
+
+    def __init__(self, weight: nn.Parameter, function: fx.GraphModule) -> None:
+        super().__init__()
+        self.weight, self.function = weight, function
+
+    def forward(self, input: Tensor) -> Tensor:
+        result: Tensor = self.function(input, self.weight)
+        return result
+
+
+class ShiftOfLayer(BilinearRule, Shift):
+    """The same, with the weight of an embedding."""
+
+
+class ShiftOfModule(BilinearRule, Shift):
+    """The same, with a parameter that the module around it saves and loads."""
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+
+class Reading(Protocol):
+    """Who knows the module of which the graph is."""
+
+    def noted(self, value: fx.Node) -> NotedShape:
+        """Who notes the shape of a value as it runs."""
+
+    def attribute(self, node: fx.Node) -> Tensor:
+        """A tensor of the module that is no parameter."""
+
+    def without_weights(self, node: fx.Node) -> nn.Module:
+        """A copy of a module that has none."""
+
+
+class Region:
+    """A part of a graph as a function of its own.
+
+    Args:
+        reading: Whose graph it is.
+        inputs: What the function takes.
+        inside: The values that it computes from them.
+    """
+
+    def __init__(
+        self, reading: Reading, inputs: list[fx.Node], inside: set[fx.Node]
+    ) -> None:
+        self._reading, self._inside = reading, {*inputs, *inside}
+        self._root, self.graph = nn.Module(), fx.Graph()
+        self.copies: dict[fx.Node, Any] = {}
+        for index, value in enumerate(inputs):
+            self.copies[value] = self.graph.placeholder(f"input_{index}")
+        self._like = self.copies[inputs[0]]
+
+    def function(self, end: fx.Node) -> fx.GraphModule:
+        """inputs → end."""
+        self.graph.output(self.copied(end))
+        return fx.GraphModule(self._root, self.graph)
+
+    def copied(self, node: fx.Node) -> Any:
+        if node not in self.copies:
+            elsewhere = asks(node) and node.args[0] not in self._inside
+            self.copies[node] = self._answer(node) if elsewhere else self._made(node)
+        return self.copies[node]
+
+    def _made(self, node: fx.Node) -> fx.Node:
+        name = str(node.target).replace(".", "_")
+        if node.op == "get_attr":
+            value = self._reading.attribute(node)
+            self._root.register_buffer(name, value, persistent=False)
+            return self.graph.get_attr(name)
+        if node.op == "call_module":
+            self._root.add_module(name, self._reading.without_weights(node))
+            args = fx.node.map_arg(node.args, self.copied)
+            return self.graph.call_module(name, args, node.kwargs)
+        return self.graph.node_copy(node, self.copied)
+
+    def _answer(self, node: fx.Node) -> fx.Node:
+        """A shape, or what it is on, of a value that is not computed here."""
+        value, *rest = node.args
+        if node.target is getattr and rest != ["shape"]:
+            return self.graph.call_function(getattr, (self._like, *rest))
+        assert isinstance(value, fx.Node)
+        name = f"shape_of_{value.name}"
+        self._root.add_module(name, ShapeLike(self._reading.noted(value)))
+        shape = self.graph.call_module(name, (self._like,))
+        if node.target == "size" and (rest or node.kwargs):
+            which = rest[0] if rest else node.kwargs["dim"]
+            return self.graph.call_function(operator.getitem, (shape, which))
+        return (
+            self.graph.call_function(len, (shape,)) if node.target == "dim" else shape
+        )
+
+
+def is_tuple(node: fx.Node) -> bool:
+    """Whether it is that of x.chunk() or the like: it is always taken apart."""
+    users = [user for user in node.users if not asks(user)]
+    picks = [user for user in users if called_by(user) is operator.getitem]
+    return bool(users) and picks == users and all(type(p.args[1]) is int for p in picks)
+
+
+def asks(node: fx.Node) -> bool:
+    """Whether it is x.size(), x.dim(), x.shape, x.device or the like."""
+    return called_by(node) in (getattr, "size", "dim")
+
+
+def called_by(node: fx.Node) -> Any:
+    """A function or a method's name; None for a layer, which may have such a name."""
+    return None if node.op == "call_module" else node.target
+
+
+def summary(graph: fx.Graph, training: bool) -> list[tuple[Any, ...]]:
+    """All that is done, but for options that say that this is training, or is not."""
+    steps = []
+    for node in graph.nodes:
+        options = dict(node.kwargs)
+        if options.get("training") is training:
+            del options["training"]
+        steps.append((node.op, node.target, str(node.args), str(options)))
+    return steps
