@@ -16,16 +16,14 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hbp import nn as layers
 from hbp.core.containers import HBPResidual, HBPSequential
-from hbp.core.jacobians import Jacobian
-from hbp.core.module import HBPModule, Reading
-from hbp.core.operators import SymmetricOperator
-from hbp.layers.functions import HBPCall, HBPFunction, HBPRearrangement
-from hbp.layers.paths import HBPJoin
-from hbp.layers.shape import HBPIdentity, HBPReshape
-from hbp.regions import (
+from hbp.core.module import HBPModule
+from hbp.forwards import (
+    Converted,
+    LinearOfModule,
     NotedShape,
     Region,
     Shift,
@@ -34,9 +32,14 @@ from hbp.regions import (
     Tracer,
     asks,
     called_by,
+    described,
     is_tuple,
     summary,
 )
+from hbp.layers.functions import HBPCall, HBPFunction, HBPRearrangement
+from hbp.layers.paths import HBPJoin
+from hbp.layers.shape import HBPIdentity, HBPReshape
+from hbp.transformers import plain_class
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,6 +82,10 @@ _LAYERS: dict[type[nn.Module], type[HBPModule]] = {
     for name in _NAMES
     if hasattr(nn, name) and name not in ("Module", "Sequential")
 }
+
+
+# What ends torch's attention is a linear layer, by another name.
+_LAYERS[NonDynamicallyQuantizableLinear] = layers.HBPLinear
 
 
 # Functions, and methods of tensors by name: what makes an HBP layer of the arguments
@@ -129,59 +136,13 @@ _WAY_OUT = (
 )
 
 
-class Converted(HBPModule):
-    """The twin of a module that has a ``forward`` of its own.
-
-    Its children have the names that they have in that module. What runs is a chain
-    of the same children, which is no child itself, so that names stay as they are.
-
-    Args:
-        chain: What ``forward`` does.
-        children: The layers in it, by name; they may be inside plain containers.
-        own: The module, of which parameters and buffers of its own are taken.
-    """
-
-    _chain: HBPSequential
-
-    def __init__(
-        self, chain: HBPSequential, children: dict[str, nn.Module], own: nn.Module
-    ) -> None:
-        super().__init__()
-        vars(self)["_chain"] = chain
-        self._modules.update(children)
-        for name, parameter in own._parameters.items():
-            self.register_parameter(name, parameter)
-        self._buffers.update(own._buffers)
-        self._non_persistent_buffers_set.update(own._non_persistent_buffers_set)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """What the module's ``forward`` computes."""
-        return self._chain(input)
-
-    def pull_back(
-        self, H: SymmetricOperator, reading: Reading, further: bool
-    ) -> SymmetricOperator | None:
-        return self._chain.pull_back(H, reading, further)
-
-    def jacobian(self) -> Jacobian:
-        """That of the chain."""
-        return self._chain.jacobian()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse another layer, which would not be in the chain."""
-        if name in vars(self).get("_modules", {}):
-            raise AttributeError(
-                f"{name!r} of a converted model cannot be replaced. Replace it in the "
-                "torch.nn model, and convert() that again."
-            )
-        super().__setattr__(name, value)
-
-
 def _twin(module: nn.Module, path: str, met: set[Any]) -> HBPModule:
     """The twin of what has that name in the model; layers are added to ``met``."""
     if isinstance(module, HBPModule) and not isinstance(module, HBPSequential):
         _meet(module, path, met)
         return module
+    if plain := plain_class(module):
+        module = _copied(module, plain)
     kind = _LAYERS.get(type(module))
     is_sequential = type(module).forward is nn.Sequential.forward
     # torch's other layers, and subclasses, are no chains of HBP layers.
@@ -271,7 +232,7 @@ class _Reading:
         chain = HBPSequential(*self._steps(*self._ends()))
         for node in self._before:
             if node not in self._read:
-                raise self._error(f"the result of {_described(node)} is not used")
+                raise self._error(f"the result of {described(node)} is not used")
         _refuse_unused(self._module, chain, self._path)
         children = dict(self._tree(self._module, ""))
         named = {layer for child in children.values() for layer in child.modules()}
@@ -342,12 +303,12 @@ class _Reading:
         is_sum = called in _SUMS and len(values) == 2
         options = node.kwargs.keys() - {"alpha"} if is_sum else {"out"} & {*node.kwargs}
         if options:
-            raise self._error(f"{_described(node)} has other options: {min(options)}")
+            raise self._error(f"{described(node)} has other options: {min(options)}")
         if in_place and self._is_joint(node):
-            raise self._error(f"{_described(node)} is in place; write it out of place")
+            raise self._error(f"{described(node)} is in place; write it out of place")
         if in_place and self._is_used_elsewhere(values[0]):
             raise self._error(
-                f"{_described(node)} overwrites what is used elsewhere, too; write it "
+                f"{described(node)} overwrites what is used elsewhere, too; write it "
                 "out of place, as x + y"
             )
         return values
@@ -372,13 +333,13 @@ class _Reading:
         while end is not start:
             if end in self._read:
                 raise self._error(
-                    f"the result of {_described(end)} is used more than once, and "
+                    f"the result of {described(end)} is used more than once, and "
                     "not as x + branch(x) or shortcut(x) + branch(x)"
                 )
             steps += self._noting(end)
             self._read.add(end)
-            if self._weights_beside(end):
-                steps.append(self._shift(end))
+            if weighted := self._linear(end) or self._shift(end):
+                steps.append(weighted)
                 end = self._before[end]
                 continue
             if self._is_joint(end):
@@ -475,11 +436,35 @@ class _Reading:
                 waiting += source.all_input_nodes
         return found
 
-    def _shift(self, node: fx.Node) -> HBPModule:
+    def _linear(self, node: fx.Node) -> HBPModule | None:
+        """F.linear(x, W, b) of parameters of the module; None if it is no such call."""
+        if called_by(node) is not F.linear or node.args[0] not in self._depends:
+            return None
+        given = dict(zip(("weight", "bias"), node.args[1:], strict=False))
+        own: dict[str, Any] = dict.fromkeys(("weight", "bias"))
+        for name, value in {**given, **node.kwargs}.items():
+            if value is not None:
+                source = cast(fx.Node, value)
+                own[name] = self._module._parameters.get(str(source.target))
+                self._meet(own[name], node)
+        self._made[node] = LinearOfModule(**own)
+        return self._made[node]
+
+    def _meet(self, parameter: Any, node: fx.Node) -> None:
+        """A parameter of the module is used once, and it is its own."""
+        if parameter is None:
+            raise _unsupported(f"{described(node)} in {self._where}")
+        if parameter in self._met:
+            raise self._error(f"{described(node)} uses a parameter again")
+        self._met.add(parameter)
+
+    def _shift(self, node: fx.Node) -> HBPModule | None:
         """x + w, for a parameter w of the module or the weight of an embedding."""
-        (source, *more), (value,) = self._weights_beside(node), self._values(node)
+        if not (beside := self._weights_beside(node)):
+            return None
+        (source, *more), (value,) = beside, self._values(node)
         if more:
-            raise self._error(f"{_described(node)} adds several parameters at once")
+            raise self._error(f"{described(node)} adds several parameters at once")
         name, path = str(source.target), _join(self._path, str(source.target))
         region = Region(self, [value], set())
         weight = region.copies[source] = region.graph.placeholder("weight")
@@ -489,14 +474,12 @@ class _Reading:
         if source.op == "call_module":
             layer = self._module.get_submodule(name)
             if type(layer) is not nn.Embedding or layer.padding_idx is not None:
-                raise _unsupported(f"{_described(source)} in {self._where}")
+                raise _unsupported(f"{described(source)} in {self._where}")
             _refuse_changed(layer, path)
             args = *fx.node.map_arg(source.args, region.copied), weight
             region.copies[source] = region.graph.call_function(F.embedding, args)
             own, kind, met = layer.weight, ShiftOfLayer, layer
-        if met in self._met:
-            raise self._error(f"it uses {path} twice")
-        self._met.add(met)
+        self._meet(met, node)
         shift: Any = kind(own, region.function(node))
         if source.op == "call_module":
             self._children[name] = shift
@@ -522,13 +505,13 @@ class _Reading:
         path, _, name = str(node.target).rpartition(".")
         value: Tensor = getattr(self._module.get_submodule(path), name)
         if isinstance(value, nn.Parameter):
-            raise _unsupported(f"{_described(node)} in {self._where}")
+            raise _unsupported(f"{described(node)} in {self._where}")
         return value
 
     def without_weights(self, node: fx.Node) -> nn.Module:
         """A copy of a module that has none, and may be called inside a function."""
         if self._has_weights(node):
-            raise _unsupported(f"{_described(node)} in {self._where}")
+            raise _unsupported(f"{described(node)} in {self._where}")
         module = self._module.get_submodule(str(node.target))
         return _copied(module, type(module))
 
@@ -542,7 +525,7 @@ class _Reading:
             if node.args[0] is not value:
                 function = _REVERSED[function]
             if mixes or bends:
-                raise _unsupported(f"{_described(node)} in {self._where}")
+                raise _unsupported(f"{described(node)} in {self._where}")
             kind = HBPRearrangement if function.__name__ in _MOVES else HBPCall
             return kind(function, *args, **options)
         # _trace has seen that training follows the module; None and [] are no options.
@@ -551,7 +534,7 @@ class _Reading:
         try:
             return _FUNCTIONS[target](*args, **given)
         except TypeError as error:
-            raise self._error(f"{_described(node)} has other options") from error
+            raise self._error(f"{described(node)} has other options") from error
 
     def _child(self, node: fx.Node) -> HBPModule:
         name = str(node.target)
@@ -573,7 +556,7 @@ class _Reading:
         self._require_constant(node, shape)
         if not shape or shape[0] not in (None, -1) or None in shape[1:]:
             raise self._error(
-                f"{_described(node)} does not keep the samples apart; write "
+                f"{described(node)} does not keep the samples apart; write "
                 "x.flatten(1), or x.reshape(x.size(0), ...)"
             )
         return shape
@@ -583,7 +566,7 @@ class _Reading:
         fx.node.map_arg(options, found.append)
         if found:
             raise self._error(
-                f"an option of {_described(node)} depends on the data or its size; "
+                f"an option of {described(node)} depends on the data or its size; "
                 "write a number, or use an adaptive layer"
             )
 
@@ -670,18 +653,3 @@ def _refuse_changed(module: nn.Module, path: str) -> None:
 
 def _unsupported(what: str) -> TypeError:
     return TypeError(f"convert() does not know {what}.\n{_WAY_OUT}")
-
-
-def _described(node: fx.Node) -> str:
-    """A step, as a reader of the model's code would call it."""
-    if node.op in ("call_function", "call_method"):
-        return _function_name(node.target)
-    return f"self.{node.target}"
-
-
-def _function_name(function: Any) -> str:
-    if isinstance(function, str):
-        return f"Tensor.{function}"
-    homes = {"torch.nn.functional": "F", "torch._C._nn": "F", "_operator": "operator"}
-    home = str(function.__module__)
-    return f"{homes.get(home, home)}.{function.__name__}"

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from hbp.convert import Converted
 from hbp.core import newton
 from hbp.core.containers import HBPResidual, HBPSequential
 from hbp.core.guards import is_number
 from hbp.core.module import HBPModule, drop_curvature
 from hbp.distributed import average
+from hbp.forwards import Converted
 from hbp.layers.paths import HBPParallel
 from hbp.losses import hessian_and_gradient, nodes_of, places_of
 

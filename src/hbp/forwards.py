@@ -1,7 +1,8 @@
 """What ``torch.fx`` records of a ``forward``, and parts of it as functions.
 
-``convert`` reads it. What is no layer, as attention or a gate, becomes a function of the
-values that lead to it. A shape that it asks of another value is noted as that passes.
+``convert`` reads it. What is no layer, as attention or a gate, becomes a function of
+the values that lead to it. A shape that it asks of another value is noted as that
+passes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from hbp.core.containers import HBPSequential
+from hbp.core.jacobians import Jacobian
+from hbp.core.layers.linear import HBPLinear
+from hbp.core.module import HBPModule
+from hbp.core.module import Reading as HessianReading
+from hbp.core.operators import SymmetricOperator
 from hbp.layers.general import BilinearRule
 from hbp.layers.shape import HBPIdentity
 
@@ -39,6 +46,54 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+
+class Converted(HBPModule):
+    """The twin of a module that has a ``forward`` of its own.
+
+    Its children have the names that they have in that module. What runs is a chain
+    of the same children, which is no child itself, so that names stay as they are.
+
+    Args:
+        chain: What ``forward`` does.
+        children: The layers in it, by name; they may be inside plain containers.
+        own: The module, of which parameters and buffers of its own are taken.
+    """
+
+    _chain: HBPSequential
+
+    def __init__(
+        self, chain: HBPSequential, children: dict[str, nn.Module], own: nn.Module
+    ) -> None:
+        super().__init__()
+        vars(self)["_chain"] = chain
+        self._modules.update(children)
+        for name, parameter in own._parameters.items():
+            self.register_parameter(name, parameter)
+        self._buffers.update(own._buffers)
+        self._non_persistent_buffers_set.update(own._non_persistent_buffers_set)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the module's ``forward`` computes."""
+        return self._chain(input)
+
+    def pull_back(
+        self, H: SymmetricOperator, reading: HessianReading, further: bool
+    ) -> SymmetricOperator | None:
+        return self._chain.pull_back(H, reading, further)
+
+    def jacobian(self) -> Jacobian:
+        """That of the chain."""
+        return self._chain.jacobian()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another layer, which would not be in the chain."""
+        if name in vars(self).get("_modules", {}):
+            raise AttributeError(
+                f"{name!r} of a converted model cannot be replaced. Replace it in the "
+                "torch.nn model, and convert() that again."
+            )
+        super().__setattr__(name, value)
 
 
 class NotedShape(HBPIdentity):
@@ -78,14 +133,29 @@ class ShiftOfLayer(BilinearRule, Shift):
     """The same, with the weight of an embedding."""
 
 
-class ShiftOfModule(BilinearRule, Shift):
-    """The same, with a parameter that the module around it saves and loads."""
+class SavedOutside(HBPModule):
+    """A layer of parameters that the module around it saves and loads."""
 
     def _save_to_state_dict(self, *args: Any) -> None:
         pass
 
     def _load_from_state_dict(self, *args: Any) -> None:
         pass
+
+
+class ShiftOfModule(SavedOutside, BilinearRule, Shift):
+    """The same, with a parameter of the module around it."""
+
+
+class LinearOfModule(SavedOutside, HBPLinear):
+    """``F.linear`` with parameters of the module around it."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        outputs, inputs = weight.shape
+        super().__init__(inputs, outputs, bias is not None, device="meta")
+        self.weight = weight
+        if bias is not None:
+            self.bias = bias
 
 
 class Reading(Protocol):
@@ -186,3 +256,19 @@ def summary(graph: fx.Graph, training: bool) -> list[tuple[Any, ...]]:
             del options["training"]
         steps.append((node.op, node.target, str(node.args), str(options)))
     return steps
+
+
+def described(node: fx.Node) -> str:
+    """A step, as a reader of the model's code would call it."""
+    if node.op in ("call_function", "call_method"):
+        return function_name(node.target)
+    return f"self.{node.target}"
+
+
+def function_name(function: Any) -> str:
+    """A function, likewise."""
+    if isinstance(function, str):
+        return f"Tensor.{function}"
+    homes = {"torch.nn.functional": "F", "torch._C._nn": "F", "_operator": "operator"}
+    home = str(function.__module__)
+    return f"{homes.get(home, home)}.{function.__name__}"
