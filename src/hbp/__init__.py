@@ -4,7 +4,7 @@ Dangel, Harmeling & Hennig, "Modular Block-diagonal Curvature Approximations for
 Feedforward Architectures", AISTATS 2020, arXiv 1902.01813.
 """
 
-from hbp import blocks, distributed, fast  # noqa: F401  # They join the core.
+from hbp import algebra, blocks, distributed, fast  # noqa: F401  # They join the core.
 from hbp import inspect as inspect
 from hbp import modules as modules
 from hbp import nn as nn
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 
 def __dir__() -> list[str]:
     """What users call, and where they may look; not what only joins the core."""
-    joins = {"blocks", "core", "damping", "fast", "layers", "line", "seeds", "solve"}
+    joins = {"algebra", "blocks", "core", "damping", "fast"}
+    joins |= {"layers", "line", "seeds", "solve"}
     public = {name for name in globals() if not name.startswith("_")}
     return sorted(public - joins | {"__version__"})

@@ -130,6 +130,18 @@ class SymmetricOperator(ABC):
         self.dtype: torch.dtype = like.dtype
         self.device: torch.device = like.device
 
+    # hbp.algebra gives these.
+    inverse: Callable[..., SymmetricOperator]
+    logdet: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
+    as_linear_operator: Callable[[], Any]
+
+    def __add__(self, other: object) -> SymmetricOperator:
+        return NotImplemented
+
+    __sub__ = __mul__ = __rmul__ = __truediv__ = __add__
+    __neg__: Callable[[], SymmetricOperator]
+
     @abstractmethod
     def product(self, rows: Tensor) -> Tensor:
         """A v for each row v, [k, n] → [k, n]. Arguments go unchecked."""
