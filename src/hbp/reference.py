@@ -67,6 +67,7 @@ def hessian_blocks(
     return {name: block(name) for name in parameters}
 
 
+@sdpa_kernel(SDPBackend.MATH)
 def ggn_blocks(
     model: nn.Module, loss_func: LossFunction, inputs: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:

@@ -200,8 +200,7 @@ def leaves_of(module: nn.Module) -> list[nn.Module]:
     """The layers of a nest of containers, each as often as it occurs."""
     # Not children(), which leaves out a layer that occurs again.
     children = [child for child in module._modules.values() if child is not None]
-    nested = [getattr(child, "is_nest", False) for child in children]
-    inside = [leaves_of(c) if n else [c] for c, n in zip(children, nested, strict=True)]
+    inside = [leaves_of(c) if getattr(c, "is_nest", 0) else [c] for c in children]
     return list(chain(*inside))
 
 

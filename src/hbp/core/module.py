@@ -192,8 +192,7 @@ class Record:
                 "backward_hessian() before overwriting it, or use an out-of-place "
                 "operation."
             )
-        wide = torch.promote_types(kept.dtype, torch.float32)
-        return kept.to(wide) if kept.is_floating_point() else kept
+        return kept.float() if is_narrow(kept.dtype) else kept
 
     def delta_of(self, layer: nn.Module) -> Tensor:
         """δ, [N, ...], for a second-order term.
