@@ -26,7 +26,6 @@ from hbp.forwards import (
     LinearOfModule,
     NotedShape,
     Region,
-    Shift,
     ShiftOfLayer,
     ShiftOfModule,
     Tracer,
@@ -407,12 +406,16 @@ class _Reading:
                     waiting.append(value)
         self._read |= inside
         function = Region(self, leaves, inside).function(node)
-        function.training = self._module.training
         if len(leaves) == 1:
-            affine = all(map(self._is_affine, inside))
-            return (HBPCall if affine else HBPFunction)(function), leaves[0]
-        steps = [self._steps(leaf, start) or [HBPIdentity()] for leaf in leaves]
-        return HBPJoin(function, *(HBPSequential(*path) for path in steps)), start
+            affine, start = all(map(self._is_affine, inside)), leaves[0]
+            step: HBPModule = (HBPCall if affine else HBPFunction)(function)
+            self._made[node] = step
+        else:
+            paths = [self._steps(leaf, start) or [HBPIdentity()] for leaf in leaves]
+            step = HBPJoin(function, *(HBPSequential(*path) for path in paths))
+            self._made[node] = cast(HBPModule, step[1])  # The paths have names.
+        self._made[node].train(self._module.training)
+        return step, start
 
     def _weights_beside(self, node: fx.Node) -> list[fx.Node]:
         """Of a sum with a value, the parameter or embedding that the rest is made of.
@@ -468,23 +471,21 @@ class _Reading:
         name, path = str(source.target), _join(self._path, str(source.target))
         region = Region(self, [value], set())
         weight = region.copies[source] = region.graph.placeholder("weight")
-        kind: type[Shift] = ShiftOfModule
-        met: Any = self._module._parameters.get(name)
-        own: Any = met
-        if source.op == "call_module":
-            layer = self._module.get_submodule(name)
-            if type(layer) is not nn.Embedding or layer.padding_idx is not None:
-                raise _unsupported(f"{described(source)} in {self._where}")
-            _refuse_changed(layer, path)
-            args = *fx.node.map_arg(source.args, region.copied), weight
-            region.copies[source] = region.graph.call_function(F.embedding, args)
-            own, kind, met = layer.weight, ShiftOfLayer, layer
-        self._meet(met, node)
-        shift: Any = kind(own, region.function(node))
-        if source.op == "call_module":
-            self._children[name] = shift
-        self._made[node] = shift
-        return cast(HBPModule, shift)
+        own = self._module._parameters.get(name)
+        if own is not None:
+            self._meet(own, node)
+            self._made[node] = ShiftOfModule(own, region.function(node))
+            return self._made[node]
+        layer = self._module.get_submodule(name)
+        if type(layer) is not nn.Embedding or layer.padding_idx is not None:
+            raise _unsupported(f"{described(source)} in {self._where}")
+        _refuse_changed(layer, path)
+        self._meet(layer, node)
+        weights = cast(nn.Parameter, layer.weight)
+        args = *fx.node.map_arg(source.args, region.copied), weight
+        region.copies[source] = region.graph.call_function(F.embedding, args)
+        self._children[name] = ShiftOfLayer(weights, region.function(node))
+        return self._children[name]
 
     def _has_weights(self, node: fx.Node) -> bool:
         if node.op != "call_module":

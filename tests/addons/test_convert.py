@@ -786,7 +786,7 @@ REFUSED: dict[str, tuple[Step, str]] = {
     "method": (lambda m, x: x.mean(), r"know Tensor\.mean in the forward"),
     "mean of all": (lambda m, x: torch.mean(x, dim=None), r"know torch\.mean in the"),
     "sum of all": (lambda m, x: x.sum(), r"know Tensor\.sum in the forward"),
-    "weights": (lambda m, x: F.linear(x, m.fc.weight), r"know self\.fc\.weight in"),
+    "weights": (lambda m, x: F.linear(x, m.fc.weight), r"know F\.linear in"),
     "parameter": (lambda m, x: x + m.fc.bias, r"know self\.fc\.bias in"),
     "parameter first": (lambda m, x: m.fc.bias * x, r"know self\.fc\.bias in"),
     "parameter last": (lambda m, x: x * m.fc.bias, r"know self\.fc\.bias in"),

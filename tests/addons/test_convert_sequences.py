@@ -243,6 +243,7 @@ def test_random_functions_are_refused_in_the_pass() -> None:
     with pytest.raises(ValueError, match=r"is random.*for dropout, call eval\(\)"):
         hbp.backward(twin, outputs, loss_of(outputs, targets))
     twin.eval()
+    twin.zero_grad()
     outputs = twin(indices)
     hbp.backward(twin, outputs, loss_of(outputs, targets))
 

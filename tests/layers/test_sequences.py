@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import hbp
 from hbp import reference
+from hbp.layers.functions import HBPCall
 
 VOCABULARY, LENGTH, WIDTH = 5, 4, 6
 
@@ -175,3 +177,111 @@ def test_the_default_step_trains_a_transformer() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0], losses
+
+
+def blocks_of(model: hbp.HBPSequential, x: Tensor, labels: Tensor) -> list[Tensor]:
+    """Exact and averaged block of the first layer's weight."""
+    outputs = model(x)
+    loss = F.cross_entropy(outputs, labels)
+    hessians = hbp.per_sample_hessian(loss, outputs)
+    model.zero_grad()
+    loss.backward()
+    found = []
+    for H in (hessians, hessians.sum(0)):
+        model.backward_hessian(H, modify_2nd_order_terms="ggn")
+        found.append(model[0].weight.hessian.to_dense())
+    return found
+
+
+def test_below_a_sum_over_positions_inputs_add_up() -> None:
+    """K-FAC's *reduce* is right there; so is the sum over pairs of positions."""
+    layer, x, labels = hbp.HBPLinear(3, 4, bias=False), randn(5, LENGTH, 3), [0, 1, 2]
+    pool = HBPCall(torch.sum, 1)
+    own = hbp.HBPSequential(layer.double(), pool)
+    reduced = hbp.HBPSequential(copy.deepcopy(layer))
+    targets = torch.tensor([*labels, 3, 0])
+    found = blocks_of(own, x, targets), blocks_of(reduced, x.sum(1), targets)
+    for block, expected in zip(*found, strict=True):
+        close(block, expected)
+
+
+def test_positions_that_nothing_couples_are_like_samples() -> None:
+    """K-FAC's *expand* is right there."""
+    layer, x = hbp.HBPLinear(3, 4, bias=False).double(), randn(5, LENGTH, 3)
+    labels = torch.arange(5 * LENGTH) % 4
+    model = hbp.HBPSequential(layer)
+    outputs = model(x).flatten(0, 1)
+    loss = F.cross_entropy(outputs, labels)
+    hessians = hbp.per_sample_hessian(loss, outputs)
+    loss.backward()
+    model.backward_hessian(hessians, modify_2nd_order_terms="ggn")
+    block = layer.weight.hessian.to_dense()
+    expanded = hbp.HBPSequential(copy.deepcopy(layer))
+    close(block, blocks_of(expanded, x.flatten(0, 1), labels)[0])
+
+
+def test_a_layer_in_two_paths_is_refused() -> None:
+    layer = hbp.HBPTanh()
+    model = hbp.HBPSequential(layer, hbp.HBPJoin(operator.mul, layer, hbp.HBPTanh()))
+    outputs = model(randn(3, 4).requires_grad_())
+    outputs.sum().backward()
+    with pytest.raises(ValueError, match="A layer occurs twice"):
+        model.backward_hessian(torch.eye(4).double(), True)
+
+
+@pytest.mark.parametrize("option", ["max_norm", "scale_grad_by_freq", "sparse"])
+def test_options_of_an_embedding_are_refused(option: str) -> None:
+    value = 1.0 if option == "max_norm" else True
+    layer = hbp.HBPEmbedding(VOCABULARY, 2, **{option: value})
+    model = hbp.HBPSequential(layer, hbp.HBPFlatten())
+    outputs = model(tokens()[0])
+    outputs.square().sum().backward()
+    with pytest.raises(ValueError, match=rf"{option}=.*no linear function of its"):
+        model.backward_hessian(torch.eye(2 * LENGTH))
+
+
+def test_indices_have_no_curvature() -> None:
+    model = hbp.HBPSequential(hbp.HBPEmbedding(VOCABULARY, 2), hbp.HBPFlatten())
+    model(tokens()[0]).square().sum().backward()
+    with pytest.raises(TypeError, match="takes indices, which have no curvature"):
+        model.backward_hessian(torch.eye(2 * LENGTH), True)
+
+
+def test_paths_are_hbp_modules_and_functions_callable() -> None:
+    with pytest.raises(TypeError, match="None is no path"):
+        hbp.HBPParallel()
+    with pytest.raises(TypeError, match=r"Linear.* is no path"):
+        hbp.HBPJoin(operator.mul, torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="function=3 must be a function"):
+        hbp.HBPJoin(3, hbp.HBPTanh())
+
+
+def test_a_path_that_overwrites_its_input_is_refused() -> None:
+    model = hbp.HBPJoin(operator.mul, hbp.HBPReLU(inplace=True), hbp.HBPTanh())
+    with pytest.raises(RuntimeError, match="changes its input in place"):
+        model(randn(3, 4))
+
+
+def test_a_function_that_mixes_samples_is_refused() -> None:
+    model = hbp.HBPSequential(hbp.HBPFunction(lambda x: x - x.mean(0)))
+    model(randn(3, 4).requires_grad_()).square().sum().backward()
+    with pytest.raises(ValueError, match="mixes samples, or is random"):
+        model.backward_hessian(torch.eye(4).double(), True)
+
+
+def test_an_averaged_jacobian_in_products_is_that_of_the_matrices() -> None:
+    """E[J] of a function in products is that of its matrices."""
+    layer = hbp.HBPSequential(hbp.HBPFunction(torch.sin), hbp.HBPFlatten()).double()
+    found = []
+    x = randn(3, 4)
+    for limit in (2**29, 8):
+        before = hbp.set_dense_limit(limit)
+        try:
+            layer(x.clone().requires_grad_()).square().sum().backward()
+            H = hbp.operators.DiagonalOperator(torch.arange(1.0, 5).double())
+            sent = layer.backward_hessian(H, True, "ggn")
+            assert sent is not None
+            found.append(sent @ randn(4).fill_(1))
+        finally:
+            hbp.set_dense_limit(before)
+    close(*found)
