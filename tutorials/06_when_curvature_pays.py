@@ -42,7 +42,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# @markdown Half an hour, or with `quick_run` two minutes.
+# @markdown Half an hour, or with `quick_run` one minute.
 quick_run = False  # @param {type: "boolean"}
 if quick_run:
     os.environ["HBP_TUTORIAL"] = "quick"

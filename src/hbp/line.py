@@ -587,14 +587,14 @@ def _warn_of_a_promise(steps: Sequence[newton._Step]) -> bool:
     return too_much
 
 
-def _length(slope: float, curvature: float, room: float) -> float:
-    """How far to go: to the minimum, or until the model has fallen by ``room``."""
+def _length(slope: float, curvature: float, most: float) -> float:
+    """How far to go: to the minimum, or until the model has fallen by ``most``."""
     # A loss of 0 has no digits for so little, and its curvature is round-off.
-    if slope <= 0 or (room == 0 and slope < NO_DIGITS):
+    if slope <= 0 or (most == 0 and slope < NO_DIGITS):
         return 0.0
     minimum = slope / curvature if curvature > 0 else math.inf
-    if room <= 0 or room == math.inf:
+    if most <= 0 or most == math.inf:
         return minimum
-    # The smaller root of s·slope - ½s²·curvature = room, without cancellation.
-    root = math.sqrt(max(slope * slope - 2 * curvature * room, 0.0))
-    return min(minimum, 2 * room / (slope + root))
+    # The smaller root of s·slope - ½s²·curvature = most, without cancellation.
+    root = math.sqrt(max(slope * slope - 2 * curvature * most, 0.0))
+    return min(minimum, 2 * most / (slope + root))
