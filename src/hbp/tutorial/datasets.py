@@ -15,8 +15,8 @@ every epoch. Needs the packages of `pip install "hbp[tutorials]"`.
 No file is trusted. Each is read once, and what was read is compared with the checksum
 of the official file before anything is made of it.
 
-`recorded(name)` returns what a longer training left behind; the package brings it
-along.
+`recorded(name)` returns what a longer training left behind, `alice()` a text; the
+package brings both along.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import TensorDataset
 
-__all__ = ["cifar10", "data_root", "mnist", "quick", "recorded"]
+__all__ = ["alice", "cifar10", "data_root", "mnist", "quick", "recorded"]
 
 # The MD5 of every official file, by its path below the data root. Two files of one
 # MD5 can be made; a second file of a given MD5 cannot, as far as anybody knows.
@@ -139,6 +139,16 @@ def recorded(name: str) -> dict[str, Any]:
     """
     record = files("hbp.tutorial") / "recorded" / f"{name}.json"
     return json.loads(record.read_text("utf-8"))
+
+
+def alice() -> str:
+    """The first four chapters of Alice's Adventures in Wonderland, 45,229 characters.
+
+    Lewis Carroll, 1865, in the public domain. From the Canterbury corpus (alice29.txt,
+    the Millennium Fulcrum edition 2.9), without indentation, rows of stars, and more
+    than one blank in a row.
+    """
+    return (files("hbp.tutorial") / "recorded" / "alice.txt").read_text("utf-8")
 
 
 # --- The official files -------------------------------------------------------
