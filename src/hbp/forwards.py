@@ -239,7 +239,9 @@ def is_tuple(node: fx.Node) -> bool:
 
 def asks(node: fx.Node) -> bool:
     """Whether it is x.size(), x.dim(), x.shape, x.device or the like."""
-    return called_by(node) in (getattr, "size", "dim")
+    if called_by(node) is getattr:
+        return node.args[1] in ("shape", "ndim", "device", "dtype")
+    return called_by(node) in ("size", "dim")
 
 
 def called_by(node: fx.Node) -> Any:
