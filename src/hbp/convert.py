@@ -7,40 +7,25 @@ input this is read as a chain of layers and of shortcuts past them.
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import Tensor, nn
 
-from hbp import nn as layers
-from hbp.core.containers import HBPResidual, HBPSequential
+from hbp.core.containers import HBPSequential
 from hbp.core.module import HBPModule
-from hbp.forwards import (
-    Converted,
-    LinearOfModule,
-    NotedShape,
-    Region,
-    ShiftOfLayer,
-    ShiftOfModule,
-    Tracer,
-    asks,
-    called_by,
-    described,
-    is_tuple,
-    summary,
+from hbp.reading import (
+    LAYERS,
+    GraphReading,
+    copied,
+    joined,
+    named,
+    refuse_changed,
+    refuse_unused,
+    state,
+    unsupported,
 )
-from hbp.layers.functions import HBPCall, HBPFunction, HBPRearrangement
-from hbp.layers.paths import HBPJoin
-from hbp.layers.shape import HBPIdentity, HBPReshape
 from hbp.transformers import plain_class
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def convert(model: nn.Module) -> HBPModule:
@@ -51,8 +36,9 @@ def convert(model: nn.Module) -> HBPModule:
     module by module. HBP layers are taken over as they are.
 
     A module with a ``forward`` of its own is supported if that passes one tensor
-    through layers and functions that have an HBP layer, one after the other, and adds
-    shortcuts, ``x + branch(x)`` or ``shortcut(x) + branch(x)``. Functions and a second
+    through layers and functions that have an HBP layer, one after the other, adds
+    shortcuts, ``x + branch(x)`` or ``shortcut(x) + branch(x)``, and joins values by
+    differentiable functions without weights, as attention does. Functions and a second
     use of a layer without parameters, such as one ``nn.ReLU()`` for a whole block,
     become layers of their own beside the named ones.
 
@@ -74,583 +60,56 @@ def convert(model: nn.Module) -> HBPModule:
     return _twin(model, "", set())
 
 
-# Layers: nn.X becomes HBPX. Errors list them in this order.
-_NAMES = [key[3:] for key in ("HBPLinear", *vars(layers)) if key.startswith("HBP")]
-_LAYERS: dict[type[nn.Module], type[HBPModule]] = {
-    getattr(nn, name): getattr(layers, f"HBP{name}")
-    for name in _NAMES
-    if hasattr(nn, name) and name not in ("Module", "Sequential")
-}
-
-
-# What ends torch's attention is a linear layer, by another name.
-_LAYERS[NonDynamicallyQuantizableLinear] = layers.HBPLinear
-
-
-# Functions, and methods of tensors by name: what makes an HBP layer of the arguments
-# after the first, which is the tensor. Several are the same for torch.fx. A layer
-# without weights takes the arguments of F's function of the same name, by their names.
-_WITHOUT_WEIGHTS = {
-    layer.__name__.lower(): kind
-    for layer, kind in _LAYERS.items()
-    if not hasattr(layer, "reset_parameters")
-}
-_FUNCTIONS: dict[Any, Callable[..., HBPModule]] = {
-    function: _WITHOUT_WEIGHTS[name.replace("_", "")]
-    for name, function in vars(F).items()
-    # F.relu_ works in place, and F._max_pool1d is torch's own.
-    if name == name.strip("_") and name.replace("_", "") in _WITHOUT_WEIGHTS
-}
-for _name in ("relu", "sigmoid", "tanh", "softmax", "log_softmax"):
-    _FUNCTIONS[getattr(torch, _name)] = _FUNCTIONS[getattr(F, _name)]
-    _FUNCTIONS[_name] = _FUNCTIONS[getattr(F, _name)]
-_RESHAPES = (torch.reshape, "reshape", "view")
-# What is affine in a tensor, by the function that a layer calls. Moves leave the
-# features of each sample in their order.
-_MOVES = ("flatten", "squeeze", "unsqueeze", "unflatten", "contiguous", "clone")
-_TURNS = ("permute", "transpose", "movedim")
-_REDUCTIONS = (torch.mean, torch.sum, "mean", "sum")
-_CALLS: dict[Any, Any] = {f: f for f in (F.pad, F.interpolate, operator.neg)}
-for _name in ("mean", "sum", "neg", *_TURNS, *_MOVES):
-    _names = _name, getattr(torch, _name, _name)
-    _CALLS |= dict.fromkeys(_names, getattr(Tensor, _name))
-_VIEWS = [name for name, f in _CALLS.items() if f.__name__ in _MOVES + _TURNS]
-_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-_SUB = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
-_MUL = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_DIV = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
-_CALLS |= {name: names[0] for names in (_ADD, _SUB, _MUL, _DIV) for name in names}
-_IN_PLACE = [name for names in (_ADD, _SUB, _MUL, _DIV) for name in names[1::3]]
-# The same with the tensor last, as in 1 - x.
-_REVERSED: dict[Any, Any] = {operator.add: operator.add, operator.mul: operator.mul}
-_REVERSED |= {operator.sub: torch.rsub, operator.truediv: torch.reciprocal}
-_SUMS = _ADD + _SUB
-_STEPS = (*_FUNCTIONS, *_RESHAPES, *_CALLS)
-_PICKS = (operator.getitem, torch.split, torch.chunk, "split", "chunk")
-
-_WAY_OUT = (
-    "What it knows is on the page Curvature for a model you have.\n"
-    "For the rest put a layer of your own into the model, such as "
-    "class HBPMine(GeneralRule, Mine) for a module Mine: see the page Write a layer."
-)
-
-
 def _twin(module: nn.Module, path: str, met: set[Any]) -> HBPModule:
     """The twin of what has that name in the model; layers are added to ``met``."""
     if isinstance(module, HBPModule) and not isinstance(module, HBPSequential):
         _meet(module, path, met)
         return module
     if plain := plain_class(module):
-        module = _copied(module, plain)
-    kind = _LAYERS.get(type(module))
+        module = copied(module, plain)
+    kind = LAYERS.get(type(module))
     is_sequential = type(module).forward is nn.Sequential.forward
     # torch's other layers, and subclasses, are no chains of HBP layers.
     foreign = type(module).__module__.partition(".")[0] == "torch"
-    foreign = foreign or isinstance(module, tuple(_LAYERS))
+    foreign = foreign or isinstance(module, tuple(LAYERS))
     if foreign and not (kind or is_sequential):
-        raise _unsupported(f"{path or 'the model'}: {module}")
-    _refuse_changed(module, path)
+        raise unsupported(f"{path or 'the model'}: {module}")
+    refuse_changed(module, path)
     if kind is not None:
-        if any(True for _ in _state(module)):
+        if any(True for _ in state(module)):
             _meet(module, path, met)
-        layer = _copied(module, kind)
+        layer = copied(module, kind)
         layer.__setstate__({})  # Parameters get their hessian, None.
         return layer
     if not is_sequential:
-        return _Reading(module, path, met).twin()
+        return GraphReading(module, path, met, _twin).twin()
     # Not named_children(), which leaves out a layer that occurs again.
     children: OrderedDict[str, nn.Module] = OrderedDict(
-        (name, _twin(child, _join(path, name), met))
+        (name, _twin(child, joined(path, name), met))
         for name, child in module._modules.items()
         if child is not None
     )
     twin = HBPSequential(children)
     twin.training = module.training
-    _refuse_unused(module, twin, path)
+    refuse_unused(module, twin, path)
     return twin
 
 
 def _meet(layer: nn.Module, path: str, met: set[Any]) -> None:
     if layer in met:
         raise ValueError(
-            f"{_named(layer, path)} is used twice. It records one forward pass, so its "
+            f"{named(layer, path)} is used twice. It records one forward pass, so its "
             "curvature would be wrong; use two layers."
         )
     met.add(layer)
 
 
-def _copied(module: nn.Module, kind: type[M]) -> M:
-    """One of another class, with dictionaries of its own, but the same tensors.
-
-    Nothing is drawn or allocated.
-    """
-    twin = kind.__new__(kind)
-    for name, value in vars(module).items():
-        if name != "_compiled_call_impl":  # It would run the user's layer instead.
-            is_shared = not isinstance(value, dict | list | set)
-            vars(twin)[name] = value if is_shared else copy.copy(value)
-    return twin
-
-
-class _Reading:
-    """The ``forward`` of a module, read as a chain of layers and shortcuts.
-
-    Args:
-        module: A module with a forward of its own.
-        path: Its name in the model.
-        met: The layers that were met before.
-    """
-
-    def __init__(self, module: nn.Module, path: str, met: set[Any]) -> None:
-        self._module, self._path, self._met = module, path, met
-        self._where = f"the forward of {_named(module, path)}"
-        self._graph = self._trace()
-        self._children: dict[str, HBPModule] = {}
-        self._made: dict[fx.Node, HBPModule] = {}
-        self._read: set[fx.Node] = set()
-        # Values of which a later function asks the shape, and who notes it.
-        self._noted: dict[fx.Node, NotedShape] = {}
-        # What depends on the input, other than by its shape.
-        self._depends: set[fx.Node] = set()
-        # The latest value that all paths to a value go through.
-        self._before: dict[fx.Node, fx.Node] = {}
-        for node in self._graph.nodes:
-            if node.op == "placeholder":
-                self._depends.add(node)
-            elif node.op.startswith("call") and not asks(node) and self._values(node):
-                self._depends.add(node)
-                values = self._values(node)
-                first, *others = map(self._line, values)
-                past = [set(line) for line in others]
-                self._before[node] = next(
-                    v for v in first if all(v in line for line in past)
-                )
-                self._operands(node)
-
-    def twin(self) -> HBPModule:
-        chain = HBPSequential(*self._steps(*self._ends()))
-        for node in self._before:
-            if node not in self._read:
-                raise self._error(f"the result of {described(node)} is not used")
-        _refuse_unused(self._module, chain, self._path)
-        children = dict(self._tree(self._module, ""))
-        named = {layer for child in children.values() for layer in child.modules()}
-        for node in reversed(self._made):
-            if self._made[node] not in named:
-                name = node.name
-                while name in children:
-                    name += "_"
-                children[name] = self._made[node]
-        twin = Converted(chain, children, self._module)
-        twin.training = self._module.training
-        return twin
-
-    def _trace(self) -> fx.Graph:
-        """What ``forward`` does; the same in training and evaluation, but dropout."""
-        in_training, in_evaluation = self._traced(True), self._traced(False)
-        if summary(in_training, True) != summary(in_evaluation, False):
-            raise self._error(
-                "it does different things in training and in evaluation mode (for "
-                "dropout, use nn.Dropout or F.dropout(x, training=self.training))"
-            )
-        return in_training
-
-    def _traced(self, training: bool) -> fx.Graph:
-        # What forward may assign to self, and torch.fx does, goes to a copy.
-        stand_in = _copied(self._module, type(self._module))
-        stand_in.training = training
-        try:
-            return Tracer().trace(stand_in)
-        except Exception as error:
-            raise self._error(
-                "it cannot be followed without data: it decides, counts or converts "
-                "by values or sizes of tensors, or makes layers as it runs"
-            ) from error
-
-    def _ends(self) -> tuple[fx.Node, fx.Node]:
-        """The output and the input."""
-        inputs = [node for node in self._graph.nodes if node.op == "placeholder"]
-        (result,) = list(self._graph.nodes)[-1].args
-        if len(inputs) != 1 or not isinstance(result, fx.Node):
-            raise self._error("it must take one tensor and return one")
-        return result, inputs[0]
-
-    def _values(self, node: fx.Node) -> list[fx.Node]:
-        """The values that a step takes, each as often as it does."""
-        found: list[fx.Node] = []
-        fx.node.map_arg((node.args, node.kwargs), found.append)
-        return [value for value in found if value in self._depends]
-
-    def _is_joint(self, node: fx.Node) -> bool:
-        """Whether it is no layer's step, nor a sum of two: then autograd knows it."""
-        values, called = self._values(node), called_by(node)
-        others = [n for n in node.all_input_nodes if n not in self._depends]
-        if called is None:
-            return False
-        if called in _SUMS and len(values) == 2 and not others:
-            return is_tuple(self._before[node])
-        if called not in _STEPS or len(values) > 1:
-            return True
-        sizes = called in _RESHAPES and all(map(_is_batch_size, others))
-        reversed_division = called in _DIV and node.args[0] is not values[0]
-        return reversed_division or bool(others and not sizes)
-
-    def _operands(self, node: fx.Node) -> list[fx.Node]:
-        """The values of a step, once nothing speaks against it."""
-        values, called = self._values(node), called_by(node)
-        in_place = called in _IN_PLACE or str(called).endswith("_")
-        is_sum = called in _SUMS and len(values) == 2
-        options = node.kwargs.keys() - {"alpha"} if is_sum else {"out"} & {*node.kwargs}
-        if options:
-            raise self._error(f"{described(node)} has other options: {min(options)}")
-        if in_place and self._is_joint(node):
-            raise self._error(f"{described(node)} is in place; write it out of place")
-        if in_place and self._is_used_elsewhere(values[0]):
-            raise self._error(
-                f"{described(node)} overwrites what is used elsewhere, too; write it "
-                "out of place, as x + y"
-            )
-        return values
-
-    def _is_used_elsewhere(self, value: fx.Node) -> bool:
-        """Whether something else reads a value, or that of which it may be a view."""
-        if sum(user in self._depends for user in value.users) > 1:
-            return True
-        is_view = called_by(value) in (*_RESHAPES, *_IN_PLACE, *_VIEWS)
-        return is_view and any(map(self._is_used_elsewhere, self._operands(value)))
-
-    def _line(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The values that all paths to a value go through, from it to the input."""
-        yield node
-        while node in self._before:
-            node = self._before[node]
-            yield node
-
-    def _steps(self, end: fx.Node, start: fx.Node) -> list[HBPModule]:
-        """The layers that lead from one value to a later one."""
-        steps = []
-        while end is not start:
-            if end in self._read:
-                raise self._error(
-                    f"the result of {described(end)} is used more than once, and "
-                    "not as x + branch(x) or shortcut(x) + branch(x)"
-                )
-            steps += self._noting(end)
-            self._read.add(end)
-            if weighted := self._linear(end) or self._shift(end):
-                steps.append(weighted)
-                end = self._before[end]
-                continue
-            if self._is_joint(end):
-                step, end = self._joint(end)
-                steps.append(step)
-                continue
-            is_sum = called_by(end) in _SUMS and len(self._operands(end)) == 2
-            read = self._residual if is_sum else self._step
-            steps.append(read(end))
-            end = self._before[end]
-        steps += self._noting(start)
-        return [step for step in reversed(steps) if not _is_empty(step)]
-
-    def _noting(self, value: fx.Node) -> list[HBPModule]:
-        """Who notes the shape of a value, if anybody wants to know it; once."""
-        if self._noted.get(value) in (None, *self._made.values()):
-            return []
-        self._made[value] = self._noted[value]
-        return [self._noted[value]]
-
-    def _residual(self, node: fx.Node) -> HBPModule:
-        # Random layers draw in the order of forward, and a branch comes first.
-        order = list(self._graph.nodes)
-        first, second = self._operands(node)
-        alpha: Any = node.kwargs.get("alpha", 1)
-        self._require_constant(node, alpha)
-        factor = -alpha if node.target in _SUB else alpha
-        scale: list[HBPModule] = [] if factor == 1 else [HBPCall(operator.mul, factor)]
-        ends = sorted([(first, []), (second, scale)], key=lambda e: order.index(e[0]))
-        paths = [self._steps(end, self._before[node]) + last for end, last in ends]
-        # A path without layers is the identity.
-        branch, *shortcut = [path for path in paths if path] or [[]]
-        return HBPResidual(
-            HBPSequential(*branch), *(HBPSequential(*path) for path in shortcut)
-        )
-
-    def _step(self, node: fx.Node) -> HBPModule:
-        if node.op == "call_module":
-            twin = self._child(node)
-        elif node.target in _RESHAPES:
-            twin = HBPReshape(*self._shape(node))
-            twin.training = self._module.training
-        else:
-            twin = self._function(node)
-            twin.training = self._module.training
-        self._made[node] = twin
-        return twin
-
-    def _joint(self, node: fx.Node) -> tuple[HBPModule, fx.Node]:
-        """A layer for a function of several values, and where its paths begin.
-
-        It is as large as it can be: all that leads to the node without weights.
-        """
-        start = self._before[node]
-        while is_tuple(start):
-            start = self._before[start]
-        inside, leaves, waiting = {node}, list[fx.Node](), [node]
-        while waiting:
-            for value in self._values(waiting.pop()):
-                if value is start or self._has_weights(value):
-                    leaves += [value] if value not in leaves else []
-                elif value not in inside:
-                    self._operands(value)
-                    inside.add(value)
-                    waiting.append(value)
-        self._read |= inside
-        function = Region(self, leaves, inside).function(node)
-        if len(leaves) == 1:
-            affine, start = all(map(self._is_affine, inside)), leaves[0]
-            step: HBPModule = (HBPCall if affine else HBPFunction)(function)
-            self._made[node] = step
-        else:
-            paths = [self._steps(leaf, start) or [HBPIdentity()] for leaf in leaves]
-            step = HBPJoin(function, *(HBPSequential(*path) for path in paths))
-            self._made[node] = cast(HBPModule, step[1])  # The paths have names.
-        self._made[node].train(self._module.training)
-        return step, start
-
-    def _weights_beside(self, node: fx.Node) -> list[fx.Node]:
-        """Of a sum with a value, the parameter or embedding that the rest is made of.
-
-        There is none if the node is no such sum.
-        """
-        is_sum = called_by(node) in (operator.add, torch.add, "add") and not node.kwargs
-        if not is_sum or len(self._values(node)) != 1:
-            return []
-        found, waiting = list[fx.Node](), list(node.all_input_nodes)
-        while waiting:
-            source = waiting.pop()
-            if source in self._depends or source in found:
-                continue
-            if source.op == "get_attr" and "." not in str(source.target):
-                is_parameter = str(source.target) in self._module._parameters
-                found += [source] if is_parameter else []
-            elif source.op == "call_module" and self._has_weights(source):
-                found.append(source)
-            else:
-                waiting += source.all_input_nodes
-        return found
-
-    def _linear(self, node: fx.Node) -> HBPModule | None:
-        """F.linear(x, W, b) of parameters of the module; None if it is no such call."""
-        if called_by(node) is not F.linear or node.args[0] not in self._depends:
-            return None
-        given = dict(zip(("weight", "bias"), node.args[1:], strict=False))
-        own: dict[str, Any] = dict.fromkeys(("weight", "bias"))
-        for name, value in {**given, **node.kwargs}.items():
-            if value is not None:
-                source = cast(fx.Node, value)
-                own[name] = self._module._parameters.get(str(source.target))
-                self._meet(own[name], node)
-        self._made[node] = LinearOfModule(**own)
-        return self._made[node]
-
-    def _meet(self, parameter: Any, node: fx.Node) -> None:
-        """A parameter of the module is used once, and it is its own."""
-        if parameter is None:
-            raise _unsupported(f"{described(node)} in {self._where}")
-        if parameter in self._met:
-            raise self._error(f"{described(node)} uses a parameter again")
-        self._met.add(parameter)
-
-    def _shift(self, node: fx.Node) -> HBPModule | None:
-        """x + w, for a parameter w of the module or the weight of an embedding."""
-        if not (beside := self._weights_beside(node)):
-            return None
-        (source, *more), (value,) = beside, self._values(node)
-        if more:
-            raise self._error(f"{described(node)} adds several parameters at once")
-        name, path = str(source.target), _join(self._path, str(source.target))
-        region = Region(self, [value], set())
-        weight = region.copies[source] = region.graph.placeholder("weight")
-        own = self._module._parameters.get(name)
-        if own is not None:
-            self._meet(own, node)
-            self._made[node] = ShiftOfModule(own, region.function(node))
-            return self._made[node]
-        layer = self._module.get_submodule(name)
-        if type(layer) is not nn.Embedding or layer.padding_idx is not None:
-            raise _unsupported(f"{described(source)} in {self._where}")
-        _refuse_changed(layer, path)
-        self._meet(layer, node)
-        weights = cast(nn.Parameter, layer.weight)
-        args = *fx.node.map_arg(source.args, region.copied), weight
-        region.copies[source] = region.graph.call_function(F.embedding, args)
-        self._children[name] = ShiftOfLayer(weights, region.function(node))
-        return self._children[name]
-
-    def _has_weights(self, node: fx.Node) -> bool:
-        if node.op != "call_module":
-            return False
-        module = self._module.get_submodule(str(node.target))
-        return isinstance(module, HBPModule) or any(True for _ in module.parameters())
-
-    def _is_affine(self, node: fx.Node) -> bool:
-        known = called_by(node) in (*_PICKS, *_RESHAPES, *_CALLS)
-        return known and len(self._values(node)) == 1 and node.args[0] in self._depends
-
-    def noted(self, value: fx.Node) -> NotedShape:
-        """Who notes the shape of a value as it runs."""
-        return self._noted.setdefault(value, NotedShape())
-
-    def attribute(self, node: fx.Node) -> Tensor:
-        """A tensor of the module that is no parameter."""
-        path, _, name = str(node.target).rpartition(".")
-        value: Tensor = getattr(self._module.get_submodule(path), name)
-        if isinstance(value, nn.Parameter):
-            raise _unsupported(f"{described(node)} in {self._where}")
-        return value
-
-    def without_weights(self, node: fx.Node) -> nn.Module:
-        """A copy of a module that has none, and may be called inside a function."""
-        if self._has_weights(node):
-            raise _unsupported(f"{described(node)} in {self._where}")
-        module = self._module.get_submodule(str(node.target))
-        return _copied(module, type(module))
-
-    def _function(self, node: fx.Node) -> HBPModule:
-        (value,), options, target = self._operands(node), node.kwargs, node.target
-        args = [arg for arg in node.args if arg is not value]
-        self._require_constant(node, (args, options))
-        if function := _CALLS.get(target):
-            mixes = target in _REDUCTIONS and not args and options.get("dim") is None
-            bends = bool(options) and function in _REVERSED
-            if node.args[0] is not value:
-                function = _REVERSED[function]
-            if mixes or bends:
-                raise _unsupported(f"{described(node)} in {self._where}")
-            kind = HBPRearrangement if function.__name__ in _MOVES else HBPCall
-            return kind(function, *args, **options)
-        # _trace has seen that training follows the module; None and [] are no options.
-        names = [k for k, v in options.items() if v is not None and v != []]
-        given = {k: options[k] for k in names if k not in ("training", "_stacklevel")}
-        try:
-            return _FUNCTIONS[target](*args, **given)
-        except TypeError as error:
-            raise self._error(f"{described(node)} has other options") from error
-
-    def _child(self, node: fx.Node) -> HBPModule:
-        name = str(node.target)
-        if len(node.args) > 1 or node.kwargs:
-            raise self._error(
-                f"self.{name} is called with other arguments than one tensor"
-            )
-        child = self._module.get_submodule(name)
-        twin = _twin(child, _join(self._path, name), self._met)
-        self._children[name] = twin
-        return twin
-
-    def _shape(self, node: fx.Node) -> list[int | None]:
-        """The arguments of a reshape, with None for the number of samples."""
-        sizes = node.args[1:]
-        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-            sizes = tuple(sizes[0])
-        shape: list[Any] = [None if _is_batch_size(size) else size for size in sizes]
-        self._require_constant(node, shape)
-        if not shape or shape[0] not in (None, -1) or None in shape[1:]:
-            raise self._error(
-                f"{described(node)} does not keep the samples apart; write "
-                "x.flatten(1), or x.reshape(x.size(0), ...)"
-            )
-        return shape
-
-    def _require_constant(self, node: fx.Node, options: Any) -> None:
-        found: list[fx.Node] = []
-        fx.node.map_arg(options, found.append)
-        if found:
-            raise self._error(
-                f"an option of {described(node)} depends on the data or its size; "
-                "write a number, or use an adaptive layer"
-            )
-
-    def _tree(self, module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        """The children under their names, some in containers that do not run."""
-        for name, child in module._modules.items():
-            path = prefix + name
-            if path in self._children:
-                yield name, self._children[path]
-            elif child is not None and any(
-                used.startswith(f"{path}.") for used in self._children
-            ):
-                container = _copied(child, type(child))
-                container._modules = dict(self._tree(child, f"{path}."))
-                yield name, container
-
-    def _error(self, what: str) -> TypeError:
-        return TypeError(
-            f"convert() cannot turn {self._where} into HBP layers: {what}.\n{_WAY_OUT}"
-        )
-
-
-def _is_batch_size(size: Any) -> bool:
-    """Whether it is x.size(0), x.size()[0] or x.shape[0]."""
-    if not isinstance(size, fx.Node):
-        return False
-    if size.target == "size":
-        return size.args[1:] == (0,) or size.kwargs == {"dim": 0}
-    return size.target is operator.getitem and size.args[1:] == (0,)
-
-
-def _is_empty(module: nn.Module) -> bool:
-    return isinstance(module, HBPSequential) and all(map(_is_empty, module))
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}".lstrip(".")
-
-
-def _named(module: nn.Module, path: str) -> str:
-    return f"{path or 'the model'} ({type(module).__name__})"
-
-
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, each under all its names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
 def _refuse_tied(model: nn.Module) -> None:
     names: dict[Tensor, str] = {}
-    for name, tensor in _state(model):
+    for name, tensor in state(model):
         first = names.setdefault(tensor, name)
         if first != name:
             raise ValueError(
                 f"{first} and {name} are the same tensor. Curvature of tied or reused "
                 "weights is not supported; give each layer its own."
             )
-
-
-def _refuse_unused(module: nn.Module, twin: nn.Module, path: str) -> None:
-    used = {tensor for _, tensor in _state(twin)}
-    unused = [_join(path, name) for name, t in _state(module) if t not in used]
-    if unused:
-        raise ValueError(
-            f"No layer that runs uses {', '.join(unused)}, so there is no curvature "
-            "for it. Delete it from the model first."
-        )
-
-
-def _refuse_changed(module: nn.Module, path: str) -> None:
-    what = _named(module, path or "The model")
-    kinds = "forward", "forward_pre", "backward", "backward_pre"
-    if any(getattr(module, f"_{kind}_hooks") for kind in kinds):
-        raise ValueError(
-            f"{what} has hooks, which convert() would lose. Remove them first."
-        )
-    if "forward" in vars(module):
-        raise ValueError(
-            f"{what} was given another forward, which convert() would lose. Put it "
-            "into a class."
-        )
-
-
-def _unsupported(what: str) -> TypeError:
-    return TypeError(f"convert() does not know {what}.\n{_WAY_OUT}")

@@ -8,8 +8,9 @@ passes.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from functools import partialmethod
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,10 +18,9 @@ from torch import Tensor, fx, nn
 from hbp.core.containers import HBPSequential
 from hbp.core.jacobians import Jacobian
 from hbp.core.layers.linear import HBPLinear
-from hbp.core.module import HBPModule
-from hbp.core.module import Reading as HessianReading
+from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import SymmetricOperator
-from hbp.layers.general import BilinearRule
+from hbp.layers.general import BilinearRule, Noted
 from hbp.layers.shape import HBPIdentity
 
 
@@ -78,7 +78,7 @@ class Converted(HBPModule):
         return self._chain(input)
 
     def pull_back(
-        self, H: SymmetricOperator, reading: HessianReading, further: bool
+        self, H: SymmetricOperator, reading: Reading, further: bool
     ) -> SymmetricOperator | None:
         return self._chain.pull_back(H, reading, further)
 
@@ -88,7 +88,9 @@ class Converted(HBPModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse another layer, which would not be in the chain."""
-        if name in vars(self).get("_modules", {}):
+        if any(
+            name in vars(self).get(kind, {}) for kind in ("_modules", "_parameters")
+        ):
             raise AttributeError(
                 f"{name!r} of a converted model cannot be replaced. Replace it in the "
                 "torch.nn model, and convert() that again."
@@ -99,10 +101,10 @@ class Converted(HBPModule):
 class NotedShape(HBPIdentity):
     """It passes x on, and notes its shape for a function further up."""
 
-    shape: torch.Size
+    shapes: Sequence[torch.Size] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        self.shape = input.shape
+        self.shapes = [input.shape]
         return super().forward(input)
 
 
@@ -114,7 +116,23 @@ class ShapeLike(nn.Module):
         self.noted = noted
 
     def forward(self, input: Tensor) -> torch.Size:
-        return torch.Size([len(input), *self.noted.shape[1:]])
+        (shape,) = self.noted.shapes
+        return torch.Size([len(input), *shape[1:]])
+
+
+class Buffer(nn.Module):
+    """A buffer of the twin, wherever ``to`` or ``load_state_dict`` have put it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        # In a list, so that its owner does not count as a module inside.
+        self.owner: list[nn.Module] = []
+
+    def forward(self) -> Tensor:
+        (owner,) = self.owner
+        buffer: Any = owner._buffers[self.name]
+        return cast(Tensor, buffer)
 
 
 class Shift(nn.Module):
@@ -129,7 +147,7 @@ class Shift(nn.Module):
         return result
 
 
-class ShiftOfLayer(BilinearRule, Shift):
+class ShiftOfLayer(Noted, BilinearRule, Shift):
     """The same, with the weight of an embedding."""
 
 
@@ -143,7 +161,7 @@ class SavedOutside(HBPModule):
         pass
 
 
-class ShiftOfModule(SavedOutside, BilinearRule, Shift):
+class ShiftOfModule(SavedOutside, Noted, BilinearRule, Shift):
     """The same, with a parameter of the module around it."""
 
 
@@ -158,14 +176,14 @@ class LinearOfModule(SavedOutside, HBPLinear):
             self.bias = bias
 
 
-class Reading(Protocol):
+class Owner(Protocol):
     """Who knows the module of which the graph is."""
 
     def noted(self, value: fx.Node) -> NotedShape:
         """Who notes the shape of a value as it runs."""
 
-    def attribute(self, node: fx.Node) -> Tensor:
-        """A tensor of the module that is no parameter."""
+    def constant(self, node: fx.Node) -> Buffer | Tensor:
+        """Who reads a buffer of the module, or what ``forward`` has made itself."""
 
     def without_weights(self, node: fx.Node) -> nn.Module:
         """A copy of a module that has none."""
@@ -181,7 +199,7 @@ class Region:
     """
 
     def __init__(
-        self, reading: Reading, inputs: list[fx.Node], inside: set[fx.Node]
+        self, reading: Owner, inputs: list[fx.Node], inside: set[fx.Node]
     ) -> None:
         self._reading, self._inside = reading, {*inputs, *inside}
         self._root, self.graph = nn.Module(), fx.Graph()
@@ -204,7 +222,10 @@ class Region:
     def _made(self, node: fx.Node) -> fx.Node:
         name = str(node.target).replace(".", "_")
         if node.op == "get_attr":
-            value = self._reading.attribute(node)
+            value = self._reading.constant(node)
+            if isinstance(value, Buffer):
+                self._root.add_module(name, value)
+                return self.graph.call_module(name)
             self._root.register_buffer(name, value, persistent=False)
             return self.graph.get_attr(name)
         if node.op == "call_module":
@@ -216,8 +237,8 @@ class Region:
     def _answer(self, node: fx.Node) -> fx.Node:
         """A shape, or what it is on, of a value that is not computed here."""
         value, *rest = node.args
-        if node.target is getattr and rest != ["shape"]:
-            return self.graph.call_function(getattr, (self._like, *rest))
+        if rest == ["device"]:
+            return self.graph.call_function(getattr, (self._like, "device"))
         assert isinstance(value, fx.Node)
         name = f"shape_of_{value.name}"
         self._root.add_module(name, ShapeLike(self._reading.noted(value)))
@@ -225,9 +246,8 @@ class Region:
         if node.target == "size" and (rest or node.kwargs):
             which = rest[0] if rest else node.kwargs["dim"]
             return self.graph.call_function(operator.getitem, (shape, which))
-        return (
-            self.graph.call_function(len, (shape,)) if node.target == "dim" else shape
-        )
+        counts = node.target == "dim" or rest == ["ndim"]
+        return self.graph.call_function(len, (shape,)) if counts else shape
 
 
 def is_tuple(node: fx.Node) -> bool:
@@ -240,7 +260,7 @@ def is_tuple(node: fx.Node) -> bool:
 def asks(node: fx.Node) -> bool:
     """Whether it is x.size(), x.dim(), x.shape, x.device or the like."""
     if called_by(node) is getattr:
-        return node.args[1] in ("shape", "ndim", "device", "dtype")
+        return node.args[1] in ("shape", "ndim", "device")
     return called_by(node) in ("size", "dim")
 
 

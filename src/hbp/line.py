@@ -319,7 +319,7 @@ def _(layer: HBPParallel, u: Tensor | None, moves: Moves) -> Tensor | None:
         known[0].new_zeros(count, shape.numel())
         if moved is None
         else moved.view(count, -1)
-        for moved, shape in zip(found, layer.shapes, strict=True)
+        for moved, shape in zip(found, layer.recorded_shapes, strict=True)
     ]
     return torch.cat(parts, 1).view(1, -1)
 

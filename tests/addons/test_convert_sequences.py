@@ -235,17 +235,17 @@ def test_the_default_step_trains_it(model: nn.Module) -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
-def test_random_functions_are_refused_in_the_pass() -> None:
+def test_attention_drops_weights_as_the_model_does() -> None:
     model = plain()
     model.blocks[0].attention.drop.p = 0.5
     twin, (indices, targets) = hbp.convert(model), text()
-    outputs = twin(indices)
-    with pytest.raises(ValueError, match=r"is random.*for dropout, call eval\(\)"):
-        hbp.backward(twin, outputs, loss_of(outputs, targets))
-    twin.eval()
-    twin.zero_grad()
-    outputs = twin(indices)
-    hbp.backward(twin, outputs, loss_of(outputs, targets))
+    found = []
+    for each in (model, twin):
+        torch.manual_seed(3)
+        found.append(each(indices))
+    close(*(outputs.detach() for outputs in found))
+    hbp.backward(twin, found[1], loss_of(found[1], targets), curvature="ggn")
+    assert model.blocks[0].attention.qkv.weight.hessian.trace() > 0
 
 
 class Tied(nn.Module):

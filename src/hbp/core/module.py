@@ -262,7 +262,6 @@ class HBPModule(nn.Module):
         schemes: Which of the two choices of ``set_hbp_approximation`` matter here.
         input_dimensions: How many x must have, samples included; None for any.
         structure: What becomes of a parameter's block; ``hbp.blocks`` splits it.
-        is_nest: Whether it is nothing but the modules inside it.
     """
 
     last_record: Record
@@ -271,7 +270,6 @@ class HBPModule(nn.Module):
     schemes: Sequence[str] = ()
     input_dimensions: int | None = None
     structure: Callable[[Operator, Tensor], Operator] | None = None
-    is_nest = False
     set_hbp_blocks: Callable[..., None]  # hbp.blocks gives it.
 
     # --- The rules of a layer, for every sample. --------------------------------------
@@ -332,8 +330,8 @@ class HBPModule(nn.Module):
                 features], summed over the batch as by ``batch_summed_hessian``, for
                 averaged curvature; or [N, features, features], one matrix for each
                 sample as by ``per_sample_hessian``, for [exact products][eq-exact].
-                If z is a sequence, [N, T, C], and the loss a sum over positions, that
-                of ``z.flatten(0, 1)`` will do: [N · T, C, C].
+                If z is a sequence, [N, T, C], and the loss a sum over positions, those
+                of ``z.flatten(0, 1)`` will do, in that order: [N · T, C, C].
             compute_input_hessian: Whether to return the curvature w.r.t. the input.
             modify_2nd_order_terms: ``None`` or ``"none"`` (Hessian), ``"ggn"`` or
                 ``"zero"``, which is the same (generalized Gauss-Newton), ``"abs"`` or
@@ -423,8 +421,9 @@ class HBPModule(nn.Module):
         self.check_record()
         record = self.last_record
         count, features = record.output_shape[0], record.output_shape[1:].numel()
-        # Of a sequence, every position may have a matrix: [N · positions, C, C].
-        if reading.samples and H.shape[0] == count * features:
+        # Of z = [N, ..., C] every position may have a matrix: [N · positions, C, C].
+        is_sequence = len(record.output_shape) > 2 and H.shape[0] == count * features
+        if is_sequence and reading.samples == H.shape[0] // record.output_shape[-1]:
             reading.samples = count
         if reading.samples not in (None, count):
             raise ValueError(

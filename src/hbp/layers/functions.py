@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hbp.core.layers.elementwise import ElementwiseRule
 from hbp.core.layers.shape import RearrangementRule
-from hbp.layers.general import AffineRule, FunctionRule
+from hbp.layers.general import AffineRule, FunctionRule, Noted
 
 Function = Callable[[Tensor], Tensor]
 
@@ -106,7 +106,7 @@ class HBPFunction(FunctionRule, _Call):
     """
 
 
-class HBPCall(AffineRule, _Call):
+class HBPCall(Noted, AffineRule, _Call):
     """An affine function of each sample, as ``convert`` finds it in a ``forward``.
 
     Args:

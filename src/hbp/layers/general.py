@@ -108,7 +108,55 @@ class Mean(SharedJacobian):
         return rows.repeat(1, self._count) / self._count
 
 
-class AffineRule(LinearRule):
+class WithNotes(HBPModule):
+    """A layer whose function may depend on more than x: on shapes, for instance.
+
+    They are noted as values pass, by whatever module inside has an attribute
+    ``shapes``. Another forward pass notes others, but curvature goes by those of the
+    pass that it belongs to.
+    """
+
+    def _as_recorded(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function of the layer, as it was in the pass that was recorded."""
+        return function
+
+
+class Noted(WithNotes):
+    """One that keeps what was noted, with what is recorded."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """z = f(x), [N, ...] → [N, ...]."""
+        output: Tensor = super().forward(input)
+        record: Any = vars(self).get("last_record")
+        if record and torch.is_grad_enabled():
+            record.notes = self._notes()
+        return output
+
+    def _as_recorded(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        notes = vars(self.last_record)["notes"]
+
+        def recorded(*args: Tensor) -> Tensor:
+            now = self._notes()
+            self._note(notes)
+            try:
+                return function(*args)
+            finally:
+                self._note(now)
+
+        return recorded
+
+    def _noting(self) -> list[Any]:
+        return [part for part in self.modules() if hasattr(part, "shapes")]
+
+    def _notes(self) -> list[Any]:
+        return [part.shapes for part in self._noting()]
+
+    def _note(self, notes: Sequence[Any]) -> None:
+        for part, shapes in zip(self._noting(), notes, strict=True):
+            part.shapes = shapes
+
+
+class AffineRule(WithNotes, LinearRule):
     """z = Πx + c, the same Π and c for every sample; autograd parts the two.
 
     [Rule][eq-selection]: H_x = Πᵀ H_z Π, and there is no second-order term.
@@ -116,7 +164,7 @@ class AffineRule(LinearRule):
 
     def jacobian(self) -> Jacobian:
         before, after = self.last_record.input_shape, self.last_record.output_shape
-        push, pull = _linear_part(super().forward)
+        push, pull = _linear_part(self._as_recorded(super().forward))
 
         def transpose(u: Tensor) -> Tensor:
             return pull(u, u.new_zeros(len(u), *before[1:]))
@@ -154,8 +202,8 @@ class BilinearRule(AffineRule):
             yield (
                 parameter,
                 Bilinear(
-                    partial(self._push, name),
-                    partial(self._pull, name, parameter.detach()),
+                    self._as_recorded(partial(self._push, name)),
+                    self._as_recorded(partial(self._pull, name, parameter.detach())),
                     x,
                     parameter.shape,
                     z[1:],
@@ -233,7 +281,7 @@ def _derivative(
     return push, pull
 
 
-class GeneralRule(HBPModule):
+class GeneralRule(WithNotes):
     """z = f(x) for any smooth function f of one sample, by automatic differentiation.
 
     [Rule][eq-hbp]: H_x = JᵀH_z J + mod(Σ_k ∇²z_k δ_k), J = ∂z/∂x. J is formed where it
@@ -266,7 +314,7 @@ class GeneralRule(HBPModule):
         if not (small and _fits(entries, x)):
             own_state = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
             reads = [Watched(value, "A weight") for value in own_state]
-            return Smooth(self._function, x, after[1:], reads)
+            return Smooth(self._as_recorded(self._function), x, after[1:], reads)
         J = vmap(vmap(jacrev(self._of_one)))(own).flatten(3)
         return Dense(J, x.shape[1:], after[1:])
 
@@ -305,8 +353,10 @@ class GeneralRule(HBPModule):
                 "or raise the limit by hbp.set_dense_limit()."
             )
 
+        function = self._as_recorded(self._function)
+
         def gradient(x: Tensor) -> Tensor:
-            return _derivative(self._function, x)[1](delta)
+            return _derivative(function, x)[1](delta)
 
         def product(v: Tensor) -> Tensor:
             bent = _derivative(gradient, x)[1](v.view(x.shape))
@@ -327,7 +377,7 @@ class GeneralRule(HBPModule):
     def _of_one(self, x: Tensor) -> Tensor:
         """f of what mixes, flattened; it gets as many dimensions as x has."""
         missing = len(self.last_record.input_shape) - x.dim()
-        return self._function(x[(None,) * missing]).flatten()
+        return self._as_recorded(self._function)(x[(None,) * missing]).flatten()
 
     def _apart(self, values: Tensor) -> Tensor:
         """[N, ...] as [N, positions, what mixes]."""
@@ -339,22 +389,24 @@ def _fits(entries: int, like: Tensor) -> bool:
     return entries * like.element_size() <= settings.dense_limit
 
 
-class FunctionRule(GeneralRule):
+class FunctionRule(Noted, GeneralRule):
     """The rule of a function that somebody gives, of which little is known."""
 
     def check_record(self) -> None:
         super().check_record()
-        x = self.last_record.kept
-        one, among = self._function(x[:1]), self._function(x)[:1]
-        tolerance = torch.finfo(one.dtype).eps ** 0.5
-        if one.shape != among.shape or not torch.allclose(
-            one, among, tolerance, tolerance, equal_nan=True
-        ):
-            raise ValueError(
-                f"{self} makes something else of a sample alone than among others: it "
-                "mixes samples, or is random. Keep dimension 0 as it is; for dropout, "
-                "call eval()."
-            )
+        x, function = self.last_record.kept, self._as_recorded(self._function)
+        among = function(x)
+        tolerance = torch.finfo(among.dtype).eps ** 0.5
+        for n in (slice(0, 1), slice(len(x) - 1, len(x))):
+            alone = function(x[n])
+            if alone.shape != among[n].shape or not torch.allclose(
+                alone, among[n], tolerance, tolerance, equal_nan=True
+            ):
+                raise ValueError(
+                    f"{self} makes something else of a sample alone than among others: "
+                    "it mixes samples, or is random. Keep dimension 0 as it is; for "
+                    "dropout, call eval()."
+                )
 
 
 class SoftmaxRule(GeneralRule):

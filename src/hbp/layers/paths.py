@@ -45,7 +45,7 @@ class HBPParallel(HBPModule):
                     f"{path} is no path, for it sends no curvature backward. Give "
                     "HBPParallel HBP layers, or convert(model)."
                 )
-        self.shapes: list[torch.Size] = []
+        self.shapes = self.recorded_shapes = list[torch.Size]()
         self._modules.update({str(i): path for i, path in enumerate(paths)})
 
     def forward(self, input: Tensor) -> Tensor:
@@ -53,6 +53,7 @@ class HBPParallel(HBPModule):
 
         Raises:
             RuntimeError: a path overwrites x, which the others need.
+            TypeError: a path ends in integers.
         """
         version = input._version
         outputs = [path(input) for path in self._paths]
@@ -61,8 +62,15 @@ class HBPParallel(HBPModule):
                 "A path of this HBPParallel changes its input in place, but the others "
                 "need it. Make its first layer out-of-place."
             )
+        if not all(output.is_floating_point() for output in outputs):
+            raise TypeError(
+                "A path of this HBPParallel ends in integers, which have no curvature. "
+                "Convert them to floats in the path, or compute with them in the loss."
+            )
         self.shapes = [output.shape[1:] for output in outputs]
         joined = torch.cat([output.flatten(1) for output in outputs], 1)
+        if torch.is_grad_enabled():
+            self.recorded_shapes = self.shapes
         return self.record(input, joined, keep=None, with_gradient=False)
 
     def pull_back(
@@ -102,7 +110,7 @@ class HBPParallel(HBPModule):
 
     @property
     def _sizes(self) -> list[int]:
-        return [shape.numel() for shape in self.shapes]
+        return [shape.numel() for shape in self.recorded_shapes]
 
     def _alone(self, H: Operator, reading: Reading) -> list[Operator]:
         """H_ii of each path."""
