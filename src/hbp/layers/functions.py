@@ -118,8 +118,9 @@ class HBPCall(Noted, AffineRule, _Call):
     def check_record(self) -> None:
         super().check_record()
         before, after = self.last_record.input_shape, self.last_record.output_shape
-        # Another number of samples has to make as many outputs.
-        count, (dtype, device) = (2 if before[0] == 1 else 1), self.last_record.kind
+        # Another number of samples has to make as many outputs; of one, squeeze() would
+        # leave none.
+        count, (dtype, device) = (3 if before[0] == 2 else 2), self.last_record.kind
         other = torch.zeros(count, *before[1:], dtype=dtype, device=device)
         if _Call.forward(self, other).shape != (count, *after[1:]):
             raise ValueError(
