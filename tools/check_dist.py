@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 UV = [sys.executable, "-m", "uv"]
 
 # Whatever else lies in the package is not meant to be shipped.
-SHIPPED = {".py", ".typed", ".json"}
+SHIPPED = {".py", ".typed", ".json", ".txt"}
 ABOUT = ("LICENSE", "README.md", "pyproject.toml")
 # Hatchling adds it, so that a build from the archive leaves out the same files.
 ADDED = (".gitignore",)
