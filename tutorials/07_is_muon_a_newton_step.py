@@ -185,9 +185,8 @@ def hidden(model):
 # $G = J^\top H J$, where $H$ is the curvature of the loss in $z$,
 # one small matrix for each position. A block has 48² × 48² entries or
 # more, but `hbp` only multiplies by it, which costs about as much as
-# a few gradients. HBP's usual block is cheaper. It averages over the
-# batch whatever a layer knows of its inputs, as if the batch were one
-# text, and we take it along.
+# a few gradients. HBP's usual block is cheaper: at each position, it
+# takes the mean of a layer's inputs over the batch for all of them.
 
 
 # %%
@@ -253,7 +252,7 @@ def damp(G, size):
 
 # %%
 def observe(model, batch, memory, keep=0.95):
-    """The loss and, by layer, averages of what methods want to know."""
+    """The loss; and to memory, averages of what methods need."""
     layers, passed = hidden(model), {}
 
     def note(layer, inputs, output):
@@ -274,7 +273,6 @@ def observe(model, batch, memory, keep=0.95):
         g = layers[name].weight.grad
         x, delta = passed[layers[name]][0], delta.flatten(0, 1)
         now = {
-            "g": g.clone(),
             "g²": g.square(),
             "ggᵀ": g @ g.T,
             "gᵀg": g.T @ g,
@@ -300,8 +298,8 @@ def orthogonal(g):
     return x if len(g) <= g.shape[1] else x.T
 
 
-def fourth_root(matrix):
-    """The inverse of it."""
+def inverse_root(matrix):
+    """The inverse of the fourth root."""
     values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp(min=1e-6 * values.max())
     return vectors * values**-0.25 @ vectors.T
@@ -320,7 +318,7 @@ steps = {
     ),
     "Muon": lambda g, m: orthogonal(g),
     "Shampoo": lambda g, m: (
-        fourth_root(m["ggᵀ"]) @ g @ fourth_root(m["gᵀg"])
+        inverse_root(m["ggᵀ"]) @ g @ inverse_root(m["gᵀg"])
     ),
     "Adam": lambda g, m: g / (m["g²"].sqrt() + 1e-8),
     "gradient": lambda g, m: g,
@@ -436,7 +434,7 @@ for place, (model, memory) in visits.items():
     for method, both in places[place].items():
         print(f"  {method:10}", *(f"{mean(v):.2f}" for v in both))
 
-# %% alt="TO BE WRITTEN: two panels, the share of the fall against the weights." tags=["nbval-ignore-output"]
+# %% alt="Two panels, at the start and in training: the share of the fall against the weights, 1 to 12, for six methods. K-FAC is highest for nearly all weights, mostly between 0.5 and 0.75. Muon and Shampoo run close together below it, between 0.3 and 0.6. HBP is on both sides of them at the start, and mostly under them in training. Adam and the gradient are lowest, and go down to 0.15." tags=["nbval-ignore-output"]
 curves(
     [
         Panel(
@@ -455,7 +453,8 @@ curves(
 # %%
 for found in places.values():
     fall = {name: mean(shares) for name, (_, shares) in found.items()}
-    assert fall["K-FAC"] == max(fall.values()) < 0.85
+    assert fall["K-FAC"] == max(fall.values()) < 0.8
+    assert fall["Muon"] < 0.55
     assert abs(fall["Muon"] - fall["Shampoo"]) < 0.1
     for method in ("Adam", "gradient"):
         assert fall["Muon"] > fall[method] + 0.05
@@ -463,14 +462,12 @@ print("Along K-FAC's step the model falls furthest.")
 print("Muon's and Shampoo's go before Adam's and the gradient.")
 
 # %% [markdown]
-# So Muon's step is no Newton step: along it the model falls less than
-# half as far as it could. But of the steps that look at nothing but
-# gradients it is the best, together with Shampoo's. HBP's block sees
-# more at the start, where all inputs of a layer are much alike, than
-# later, when they have grown apart.
-#
-# The cosines tell less. In training, even the gradient has one as
-# high as Muon's. The eigenvalues of the exact blocks say why.
+# So Muon's step is no Newton step: along it the model falls not half
+# as far as it could. But of the steps that look at nothing but
+# gradients it is the best, together with Shampoo's. HBP's, which
+# knows mean inputs only, is as good at the start, and then falls
+# behind them. The cosines tell less, and in training the gradient has
+# one as high as Muon's. The eigenvalues of the exact blocks say why.
 
 # %% tags=["nbval-ignore-output"]
 for place, sizes in spectra.items():
@@ -525,7 +522,7 @@ races = {
     for name, step in {"centred": hold_back, **steps}.items()
 }
 
-# %% alt="TO BE WRITTEN: the loss against the step for six methods." tags=["nbval-ignore-output"]
+# %% alt="The loss against the step, for six methods, which all fall from above 3. K-FAC is lowest and ends at 1.7, Muon and Shampoo follow close to each other at 1.8 and 1.9, then centred at 2.2, and at some distance Adam at 2.4 and the gradient at 2.5." tags=["nbval-ignore-output"]
 tens = range(10, count + 1, 10)
 curves(
     [
@@ -546,8 +543,8 @@ assert ends["K-FAC"] + 0.02 < ends["Muon"] < ends["Adam"] - 0.05
 assert ends["Adam"] < ends["gradient"] - 0.03
 print("K-FAC, Muon, Adam, gradient: in this order they end.")
 if not quick():
-    assert ends["Muon"] < ends["centred"] - 0.1
-    assert ends["centred"] < ends["Adam"] - 0.1
+    assert ends["Muon"] + 0.1 < ends["centred"] < ends["Adam"] - 0.1
+    print("Centred ends between Muon and Adam.")
 
 # %% [markdown]
 # That is nearly the order of the shares in training. With one seed,
@@ -573,13 +570,14 @@ parts = {
 part = {k: end(k, step, count)[0] for k, step in parts.items()}
 
 # %%
-assert part["B alone"] > max(ends["Muon"], part["A alone"]) + 0.05
-assert abs(part["A alone"] - ends["Muon"]) < 0.15
+assert part["B alone"] > max(ends["Muon"], part["A alone"]) + 0.15
+assert abs(part["A alone"] - ends["Muon"]) < 0.1
 print("A alone ends about where Muon does, B alone far behind.")
 
 # %% [markdown]
-# It is the other way round: what Muon lacks least is $A$. For the
-# same step can be written with its root on either side,
+# It is the other way round: Muon ends where K-FAC does without $B$,
+# and what it lacks least is $A$. For the same step can be written
+# with its root on either side,
 #
 # $$ (g g^\top)^{-1/2} \, g = g \, (g^\top g)^{-1/2} , $$
 #
@@ -624,7 +622,7 @@ for name in light:
     shares = light[name][1]
     old = mean(before[name][1][-len(shares) :])
     print(f"{name:9} {old:.2f} {mean(shares):.2f}")
-    # With less damping, more directions count that none of them knows.
+    # More directions count now, and none of them knows all.
     assert mean(shares) < old
 
 # %% [markdown]
@@ -635,7 +633,7 @@ for name in light:
 g = fresh().blocks[0].up.weight.detach()
 U, _, V = torch.linalg.svd(g, full_matrices=False)
 assert torch.allclose(
-    fourth_root(g @ g.T) @ g @ fourth_root(g.T @ g), U @ V, atol=0.1
+    inverse_root(g @ g.T) @ g @ inverse_root(g.T @ g), U @ V, atol=0.1
 )
 sizes = torch.linalg.svdvals(orthogonal(g))
 assert 0.5 < sizes.min() < sizes.max() < 1.3
