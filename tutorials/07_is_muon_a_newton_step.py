@@ -592,7 +592,7 @@ print("A alone ends about where Muon does, B alone far behind.")
 # of K-FAC, which comes nearest to it?
 
 # %% tags=["nbval-ignore-output"]
-few = 1 if quick() else 15
+few = 1 if quick() else 12
 entrants = {"exact": exact, "K-FAC": steps["K-FAC"]}
 entrants |= {name: steps[name] for name in ("Muon", "Adam")}
 short = {k: end(k, step, few)[0] for k, step in entrants.items()}
@@ -603,10 +603,11 @@ if not quick():
     print("The exact step is ahead, step by step.")
 
 # %% [markdown]
-# It is, for about a hundred times the price. And it is easy to spoil:
-# where we gave it the momentum too, so that it solved for gradients
-# of other batches than the one whose curvature it had, it fell behind
-# Muon, and at its full length it raised the loss of any other batch.
+# It is, at more than a hundred times the price, and it is easy to
+# spoil. In other trials it got the momentum too, and so solved for
+# gradients of other batches than the one whose curvature it had: then
+# it fell behind Muon. At its full length it raised the loss of any
+# other batch.
 #
 # ## Try it yourself
 #
@@ -622,7 +623,7 @@ for name in light:
     shares = light[name][1]
     old = mean(before[name][1][-len(shares) :])
     print(f"{name:9} {old:.2f} {mean(shares):.2f}")
-    # More directions count now, and none of them knows all.
+    # More directions count now, of which K-FAC knows most.
     assert mean(shares) < old
 
 # %% [markdown]
