@@ -582,9 +582,8 @@ print("A alone ends about where Muon does, B alone far behind.")
 # $$ (g g^\top)^{-1/2} \, g = g \, (g^\top g)^{-1/2} , $$
 #
 # and on the right it holds back those inputs along which the gradient
-# is large. Those are mostly the ones that $A^{-1}$ holds back, too. To
-# put it back as well helps a little here, which with one seed says
-# little.
+# is large. Those are mostly the ones that $A^{-1}$ holds back, too.
+# Newton-Muon ends a little lower, which with one seed says little.
 #
 # ## And the exact step?
 #
