@@ -741,3 +741,13 @@ class TestOfficialFiles:
         to_tensor = pytest.importorskip("torchvision.transforms").ToTensor()
         assert torch.equal(to_tensor(image), images[7])
         assert labels.tolist() == list(map(int, official.targets))
+
+
+def test_alice() -> None:
+    """Four chapters, in plain characters: a tutorial learns to spell from them."""
+    text = datasets.alice()
+    assert len(text) == 45_229
+    assert text.startswith("CHAPTER I\n\nDown the Rabbit-Hole\n\nAlice was beginning")
+    assert text.isascii()
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert "  " not in text

@@ -31,6 +31,7 @@ WITH_EXERCISES = [
     "04_write_your_own_layer",
     "05_convolutional",
     "06_when",
+    "07_is_muon",
 ]
 
 
