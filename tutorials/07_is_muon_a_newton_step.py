@@ -354,6 +354,7 @@ def compare(model, batch, memory, only="", strength=1.0):
         g = g.flatten()
         taken["HBP"] = hbp.cg(mine, g, tol=0.01).x
         d = hbp.cg(G, g, tol=0.01).x
+        assert (G @ d - g).norm() < 0.02 * g.norm()
         for method in found:
             s = taken[method].flatten()
             cosine = s @ d / (s.norm() * d.norm())
@@ -454,7 +455,7 @@ curves(
 for found in places.values():
     fall = {name: mean(shares) for name, (_, shares) in found.items()}
     assert fall["K-FAC"] == max(fall.values()) < 0.8
-    assert fall["Muon"] < 0.55
+    assert fall["Muon"] < (0.55 if quick() else 0.5)
     assert abs(fall["Muon"] - fall["Shampoo"]) < 0.1
     for method in ("Adam", "gradient"):
         assert fall["Muon"] > fall[method] + 0.05
@@ -572,6 +573,7 @@ part = {k: end(k, step, count)[0] for k, step in parts.items()}
 # %%
 assert part["B alone"] > max(ends["Muon"], part["A alone"]) + 0.15
 assert abs(part["A alone"] - ends["Muon"]) < 0.1
+assert part["Newton-Muon"] < ends["Muon"] + 0.05
 print("A alone ends about where Muon does, B alone far behind.")
 
 # %% [markdown]
@@ -583,7 +585,7 @@ print("A alone ends about where Muon does, B alone far behind.")
 #
 # and on the right it holds back those inputs along which the gradient
 # is large. Those are mostly the ones that $A^{-1}$ holds back, too.
-# Newton-Muon ends a little lower, which with one seed says little.
+# Newton-Muon, which does both, does not end far from Muon.
 #
 # ## And the exact step?
 #
@@ -602,11 +604,9 @@ if not quick():
     print("The exact step is ahead, step by step.")
 
 # %% [markdown]
-# It is, at more than a hundred times the price, and it is easy to
-# spoil. In other trials it got the momentum too, and so solved for
-# gradients of other batches than the one whose curvature it had: then
-# it fell behind Muon. At its full length it raised the loss of any
-# other batch.
+# It is, step by step, and each step takes many times as long as one
+# of the others. What it shows is how much there is to be had from a
+# better direction, not that anybody should take this one.
 #
 # ## Try it yourself
 #

@@ -261,7 +261,9 @@ def leads_at(
 def means(runs: dict[str, list[Any]]) -> dict[str, list[float]]:
     """Test accuracies after each epoch, of each method."""
     return {
-        method: [fmean(run["log"][e]["test"] for run in of) for e in range(3)]
+        method: [
+            fmean(run["log"][e]["test"] for run in of) for e in range(of[0]["epochs"])
+        ]
         for method, of in runs.items()
     }
 
@@ -321,6 +323,23 @@ def test_what_the_page_says_of_the_race_with_relu() -> None:
     free = [r["log"][-1]["test"] for r in tried["hbp-inputs"] if r["free"]]
     best = max(r["log"][-1]["test"] for r in tried["hbp-inputs"])
     assert max(free) < best - 0.15
+
+
+def test_what_the_page_says_of_the_race_in_large_batches() -> None:
+    runs, test, _ = raced("shallow, 500")
+    ends = {method: values[5] for method, values in test.items()}
+    ranked = sorted(ends, key=lambda method: -ends[method])
+    assert ranked == ["muon", "hbp", "hbp-inputs", "centred", "adamw", "sgd"]
+    assert ends["muon"] - ends["hbp"] < 0.01
+    assert 0.01 < ends["hbp"] - ends["centred"] < 0.02
+    assert 0.035 < ends["hbp"] - ends["adamw"] < 0.045
+    for e in range(2):
+        leading = sorted(test, key=lambda method: -test[method][e])
+        assert leading[:2] == ["muon", "hbp-inputs"]
+    own = runs["hbp"][0]
+    assert (own["lr"], own["falls"], own["free"]) == (0.1, True, False)
+    steps = [5 * 10**4 // 500 * own["epochs"], 5 * 10**4 // 100 * 3]
+    assert steps == [600, 1500]
 
 
 def test_what_the_page_says_was_chosen() -> None:
