@@ -120,6 +120,19 @@ class ShapeLike(nn.Module):
         return torch.Size([len(input), *shape[1:]])
 
 
+class Constant(nn.Module):
+    """What ``forward`` has made without looking at x; it is no state."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
 class Buffer(nn.Module):
     """A buffer of the twin, wherever ``to`` or ``load_state_dict`` have put it."""
 
@@ -182,8 +195,8 @@ class Owner(Protocol):
     def noted(self, value: fx.Node) -> NotedShape:
         """Who notes the shape of a value as it runs."""
 
-    def constant(self, node: fx.Node) -> Buffer | Tensor:
-        """Who reads a buffer of the module, or what ``forward`` has made itself."""
+    def constant(self, node: fx.Node) -> nn.Module:
+        """What gives a buffer of the module, or what ``forward`` has made itself."""
 
     def without_weights(self, node: fx.Node) -> nn.Module:
         """A copy of a module that has none."""
@@ -222,12 +235,8 @@ class Region:
     def _made(self, node: fx.Node) -> fx.Node:
         name = str(node.target).replace(".", "_")
         if node.op == "get_attr":
-            value = self._reading.constant(node)
-            if isinstance(value, Buffer):
-                self._root.add_module(name, value)
-                return self.graph.call_module(name)
-            self._root.register_buffer(name, value, persistent=False)
-            return self.graph.get_attr(name)
+            self._root.add_module(name, self._reading.constant(node))
+            return self.graph.call_module(name)
         if node.op == "call_module":
             self._root.add_module(name, self._reading.without_weights(node))
             args = fx.node.map_arg(node.args, self.copied)

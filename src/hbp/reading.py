@@ -22,6 +22,7 @@ from hbp.core.containers import HBPResidual, HBPSequential
 from hbp.core.module import HBPModule
 from hbp.forwards import (
     Buffer,
+    Constant,
     Converted,
     LinearOfModule,
     NotedShape,
@@ -474,15 +475,15 @@ class GraphReading:
         """Who notes the shape of a value as it runs."""
         return self._noted.setdefault(value, NotedShape())
 
-    def constant(self, node: fx.Node) -> Buffer | Tensor:
-        """Who reads a buffer of the module, or what ``forward`` has made itself."""
+    def constant(self, node: fx.Node) -> nn.Module:
+        """What gives a buffer of the module, or what ``forward`` has made itself."""
         name = str(node.target)
         if name in self._module._buffers:
             return self._homes.setdefault(name, Buffer(name))
         value = vars(self._stand_in).get(name)
         if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             raise unsupported(f"{described(node)} in {self._where}")
-        return value
+        return Constant(value)
 
     def without_weights(self, node: fx.Node) -> nn.Module:
         """A copy of a module that has none, and may be called inside a function."""

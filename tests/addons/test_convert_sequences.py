@@ -129,12 +129,16 @@ def encoder(norm_first: bool) -> Callable[[], nn.Module]:
     return build
 
 
+# Before torch 2.9, torch.arange takes no size that torch.fx has only a name for.
+SIZES_PASS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 MODELS = {
     "plain": plain,
     "modern": modern,
     "encoder": encoder(False),
     "encoder, norm first": encoder(True),
 }
+if not SIZES_PASS:
+    MODELS = {"modern": modern}
 
 
 @pytest.fixture(params=MODELS)
@@ -235,6 +239,7 @@ def test_the_default_step_trains_it(model: nn.Module) -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
+@pytest.mark.skipif(not SIZES_PASS, reason="its positions ask for a size")
 def test_attention_drops_weights_as_the_model_does() -> None:
     model = plain()
     model.blocks[0].attention.drop.p = 0.5
