@@ -480,7 +480,8 @@ if not quick():
 # gradients it is the best, together with Shampoo's. HBP's, which
 # knows mean inputs only, is as good at the start, and then falls
 # behind them. The cosines tell less, and in training the gradient has
-# one as high as Muon's. The eigenvalues of the exact blocks say why.
+# one nearly as high as Muon's. The eigenvalues of the exact blocks
+# say why.
 
 # %% tags=["nbval-ignore-output"]
 for place, sizes in spectra.items():
