@@ -326,7 +326,7 @@ def test_what_the_page_says_of_the_race_with_relu() -> None:
 
 
 def test_what_the_page_says_of_the_race_in_large_batches() -> None:
-    runs, test, _ = raced("shallow, 500")
+    runs, test, cost = raced("shallow, 500")
     ends = {method: values[5] for method, values in test.items()}
     ranked = sorted(ends, key=lambda method: -ends[method])
     assert ranked == ["muon", "hbp", "hbp-inputs", "centred", "adamw", "sgd"]
@@ -336,6 +336,13 @@ def test_what_the_page_says_of_the_race_in_large_batches() -> None:
     for e in range(2):
         leading = sorted(test, key=lambda method: -test[method][e])
         assert leading[:2] == ["muon", "hbp-inputs"]
+    assert cost["hbp"] < 1.3 < 1.8 < cost["muon"] < 2.2
+    for time in (cost["muon"], 3.0, 5.0):
+        early = {"centred", "hbp", "sgd", "adamw"}
+        others = early | ({"hbp-inputs"} if time > cost["hbp-inputs"] else set())
+        leads_at("muon", time, test, cost, others)
+    done = int(6 * cost["hbp"] / cost["muon"])
+    assert test["muon"][done - 1] < ends["hbp"] < test["muon"][done] + 0.01
     own = runs["hbp"][0]
     assert (own["lr"], own["falls"], own["free"]) == (0.1, True, False)
     steps = [5 * 10**4 // 500 * own["epochs"], 5 * 10**4 // 100 * 3]
