@@ -25,8 +25,6 @@
 # - **Adam**, with the best of a few learning rates,
 # - **SGD** with momentum, likewise,
 # - **Muon**, which joins in the second race.
-#
-# One network is shallow, one is deep. We count epochs, and seconds.
 
 # %% [markdown]
 # ## Setup
@@ -777,21 +775,19 @@ if not quick():
 #
 # - On both networks, most of what the step with averaged Jacobians
 #   wins is centring, and centring alone is cheaper.
-# - What HBP adds is that nobody had to know it. It finds by itself
-#   which directions are steep in which layer, and how much, at every
-#   step.
+# - What HBP adds is that nobody had to know it: at every step it
+#   finds which directions are steep in which layer, and how much.
 # - Muon does not ask which directions are steep, and on the deep
 #   network it is the best of these.
-# - A block that knows one direction can't do more than this. With
-#   averaged products it knows more, and fits the data in fewer steps,
-#   each of which takes longer. Where many directions are steep, as
-#   behind tanh and ReLU, one direction is not enough.
+# - A block of averaged products knows more than one direction, and
+#   fits the data in fewer steps, each of which takes longer. Where
+#   many are steep, as behind tanh and ReLU, one is not enough.
 #   [A convolutional network](05_convolutional_network.ipynb) shows
 #   what exact products see besides, and what they cost.
 # - No race here was fair, with one seed and settings from elsewhere.
 #   On the [performance page](../docs/performance.md#accuracy) all
 #   methods get as many trials, on images that were held out, and
-#   three seeds. One race there is over a network of ReLUs.
+#   three seeds. Two more races there have ReLUs or larger batches.
 #
 # ## Try it yourself
 #

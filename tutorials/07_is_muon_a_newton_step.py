@@ -551,7 +551,7 @@ curves(
     ]
 )
 
-# %%
+# %% tags=["nbval-ignore-output"]
 ends = {name: last for name, (last, _) in races.items()}
 assert ends["K-FAC"] + 0.02 < ends["Muon"] < ends["Adam"] - 0.05
 assert ends["Adam"] < ends["gradient"] - 0.03
