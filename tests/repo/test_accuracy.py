@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from benchmarks import accuracy, paper
+from benchmarks import accuracy, language, paper
 from benchmarks.accuracy import METHODS, Race, Run, Setting, chosen, trials, wanted
 from helpers import ROOT, load
 from torch import Tensor
@@ -375,6 +376,20 @@ def test_what_the_page_says_of_the_paper_s_row() -> None:
         assert log[-1]["train_loss"] < 0.25 * log[19]["train_loss"]
         assert log[-1]["test_loss"] > 1.5 * log[19]["test_loss"]
         assert log[-1]["seconds"] <= report["settings"]["budget"]
+
+
+@pytest.mark.parametrize("method", language.SETTINGS)
+def test_every_method_learns_the_language(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps on few stretches: below what a guess among all letters costs."""
+    monkeypatch.setattr(language, "RUNS", tmp_path)
+    monkeypatch.setattr(language, "BATCH", 8)
+    monkeypatch.setattr(language, "TRIAL", 2)
+    monkeypatch.setattr(language, "LOOKS", [2])
+    found = language.train(language.Run(method, language.SETTINGS[method][1]))
+    _, letters = language.text()
+    assert found["losses"][2] < math.log(letters)
 
 
 class TestPaper:

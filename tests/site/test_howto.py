@@ -11,6 +11,7 @@ from helpers import COMPARED, ROOT, SHARE, close, examples_of, small_batch, smal
 from torch import Tensor, nn
 
 import hbp
+from hbp.core import settings
 from hbp.operators import DenseOperator
 
 DOCS = ROOT / "docs"
@@ -50,6 +51,11 @@ def test_a_page_shows_what_its_example_prints(
         else:
             share = SHARE if "%" in word else tolerance
             assert number(other) == pytest.approx(value, rel=share)
+
+
+def test_the_page_on_layers_says_up_to_which_size_jacobians_are_formed() -> None:
+    page = (DOCS / "layers.md").read_text("utf-8")
+    assert f"up to {settings.DENSE_FEATURES} features" in page
 
 
 def test_first_blocks_are_far_below_the_largest_alpha() -> None:

@@ -422,7 +422,7 @@ class SoftmaxRule(GeneralRule):
         return (int(count != 3) if self.dim is None else self.dim) % count
 
     @property
-    def mixed(self) -> int | None:  # type: ignore[override]
+    def mixed(self) -> int | None:  # type: ignore[override]  # By the x at hand.
         """The last dimension alone, if it goes over that."""
         return 1 if self._over == len(self.last_record.input_shape) - 1 else None
 

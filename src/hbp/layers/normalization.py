@@ -125,7 +125,7 @@ class HBPLayerNorm(OwnStatisticsRule, nn.LayerNorm):
     """``torch.nn.LayerNorm`` that sends curvature backward."""
 
     @property
-    def mixed(self) -> int:  # type: ignore[override]
+    def mixed(self) -> int:  # type: ignore[override]  # By the shape it norms.
         """Every position has statistics of its own."""
         return len(self.normalized_shape)
 
@@ -137,7 +137,7 @@ class HBPRMSNorm(OwnStatisticsRule, nn.RMSNorm):
     """``torch.nn.RMSNorm`` that sends curvature backward."""
 
     @property
-    def mixed(self) -> int:  # type: ignore[override]
+    def mixed(self) -> int:  # type: ignore[override]  # By the shape it norms.
         """Every position has statistics of its own."""
         return len(self.normalized_shape)
 
