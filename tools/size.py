@@ -11,7 +11,7 @@ import tokenize
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "hbp"
-BUDGETS = {"core": 1900, "": 5900}
+BUDGETS = {"core": 1900, "": 5970}
 FILE_BUDGET = 500
 NO_CODE = {
     tokenize.COMMENT,

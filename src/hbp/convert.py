@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hbp.calls import LAYERS
 from hbp.core.containers import HBPSequential
 from hbp.core.module import HBPModule
+from hbp.forwards import SavedOutside
 from hbp.reading import (
-    LAYERS,
     GraphReading,
     copied,
     joined,
@@ -106,9 +107,12 @@ def _meet(layer: nn.Module, path: str, met: set[Any]) -> None:
 
 def _refuse_tied(model: nn.Module) -> None:
     names: dict[Tensor, str] = {}
+    # In a twin, such a layer and the module around it have a parameter in common.
+    inside = [m for m in model.modules() if isinstance(m, SavedOutside)]
+    shared = {p for layer in inside for p in layer.parameters()}
     for name, tensor in state(model):
         first = names.setdefault(tensor, name)
-        if first != name:
+        if first != name and tensor not in shared:
             raise ValueError(
                 f"{first} and {name} are the same tensor. Curvature of tied or reused "
                 "weights is not supported; give each layer its own."

@@ -20,7 +20,7 @@ from hbp.core.jacobians import Jacobian
 from hbp.core.layers.linear import HBPLinear
 from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import SymmetricOperator
-from hbp.layers.general import BilinearRule, Noted
+from hbp.layers.general import BilinearRule, Separate
 from hbp.layers.shape import HBPIdentity
 
 
@@ -148,19 +148,22 @@ class Buffer(nn.Module):
         return cast(Tensor, buffer)
 
 
-class Shift(nn.Module):
-    """x plus something linear in a parameter, as for positions."""
+class WithWeight(nn.Module):
+    """A function of x and a parameter, linear in each, as x + w, x * w or x @ w."""
 
     def __init__(self, weight: nn.Parameter, function: fx.GraphModule) -> None:
         super().__init__()
         self.weight, self.function = weight, function
 
     def forward(self, input: Tensor) -> Tensor:
-        result: Tensor = self.function(input, self.weight)
+        return self._function(input)
+
+    def _function(self, x: Tensor) -> Tensor:
+        result: Tensor = self.function(x, self.weight)
         return result
 
 
-class ShiftOfLayer(Noted, BilinearRule, Shift):
+class BilinearOfLayer(Separate, BilinearRule, WithWeight):
     """The same, with the weight of an embedding."""
 
 
@@ -174,7 +177,7 @@ class SavedOutside(HBPModule):
         pass
 
 
-class ShiftOfModule(SavedOutside, Noted, BilinearRule, Shift):
+class BilinearOfModule(SavedOutside, Separate, BilinearRule, WithWeight):
     """The same, with a parameter of the module around it."""
 
 
@@ -241,7 +244,10 @@ class Region:
             self._root.add_module(name, self._reading.without_weights(node))
             args = fx.node.map_arg(node.args, self.copied)
             return self.graph.call_module(name, args, node.kwargs)
-        return self.graph.node_copy(node, self.copied)
+        made = self.graph.node_copy(node, self.copied)
+        if "inplace" in made.kwargs:
+            made.update_kwarg("inplace", False)
+        return made
 
     def _answer(self, node: fx.Node) -> fx.Node:
         """A shape, or what it is on, of a value that is not computed here."""

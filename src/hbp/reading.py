@@ -12,23 +12,21 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from hbp import nn as layers
+from hbp import calls
 from hbp.core.containers import HBPResidual, HBPSequential
 from hbp.core.module import HBPModule
 from hbp.forwards import (
+    BilinearOfLayer,
+    BilinearOfModule,
     Buffer,
     Constant,
     Converted,
     LinearOfModule,
     NotedShape,
     Region,
-    ShiftOfLayer,
-    ShiftOfModule,
     Tracer,
     asks,
     called_by,
@@ -39,64 +37,10 @@ from hbp.forwards import (
 from hbp.layers.functions import HBPCall, HBPFunction, HBPRearrangement
 from hbp.layers.paths import HBPJoin
 from hbp.layers.shape import HBPIdentity, HBPReshape
+from hbp.transformers import plain_calls
 
 M = TypeVar("M", bound=nn.Module)
 
-
-# Layers: nn.X becomes HBPX. Errors list them in this order.
-_NAMES = [key[3:] for key in ("HBPLinear", *vars(layers)) if key.startswith("HBP")]
-LAYERS: dict[type[nn.Module], type[HBPModule]] = {
-    getattr(nn, name): getattr(layers, f"HBP{name}")
-    for name in _NAMES
-    if hasattr(nn, name) and name not in ("Module", "Sequential")
-}
-
-
-# What ends torch's attention is a linear layer, by another name.
-LAYERS[NonDynamicallyQuantizableLinear] = layers.HBPLinear
-
-
-# Functions, and methods of tensors by name: what makes an HBP layer of the arguments
-# after the first, which is the tensor. Several are the same for torch.fx. A layer
-# without weights takes the arguments of F's function of the same name, by their names.
-_WITHOUT_WEIGHTS = {
-    layer.__name__.lower(): kind
-    for layer, kind in LAYERS.items()
-    if not hasattr(layer, "reset_parameters")
-}
-_FUNCTIONS: dict[Any, Callable[..., HBPModule]] = {
-    function: _WITHOUT_WEIGHTS[name.replace("_", "")]
-    for name, function in vars(F).items()
-    # F.relu_ works in place, and F._max_pool1d is torch's own.
-    if name == name.strip("_") and name.replace("_", "") in _WITHOUT_WEIGHTS
-}
-for _name in ("relu", "sigmoid", "tanh", "softmax", "log_softmax"):
-    _FUNCTIONS[getattr(torch, _name)] = _FUNCTIONS[getattr(F, _name)]
-    _FUNCTIONS[_name] = _FUNCTIONS[getattr(F, _name)]
-_RESHAPES = (torch.reshape, "reshape", "view")
-# What is affine in a tensor, by the function that a layer calls. Moves leave the
-# features of each sample in their order.
-_MOVES = ("flatten", "squeeze", "unsqueeze", "unflatten", "contiguous", "clone")
-_TURNS = ("permute", "transpose", "movedim")
-_REDUCTIONS = (torch.mean, torch.sum, "mean", "sum")
-_CALLS: dict[Any, Any] = {f: f for f in (F.pad, F.interpolate, operator.neg)}
-for _name in ("mean", "sum", "neg", *_TURNS, *_MOVES):
-    _names = _name, getattr(torch, _name, _name)
-    _CALLS |= dict.fromkeys(_names, getattr(Tensor, _name))
-_VIEWS = [name for name, f in _CALLS.items() if f.__name__ in _MOVES + _TURNS]
-_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-_SUB = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
-_MUL = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_DIV = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
-_CALLS |= {name: names[0] for names in (_ADD, _SUB, _MUL, _DIV) for name in names}
-_IN_PLACE = [name for names in (_ADD, _SUB, _MUL, _DIV) for name in names[1::3]]
-# The same with the tensor last, as in 1 - x.
-_REVERSED: dict[Any, Any] = {operator.add: operator.add, operator.mul: operator.mul}
-_REVERSED |= {operator.sub: torch.rsub, operator.truediv: torch.reciprocal}
-_SUMS = _ADD + _SUB
-_STEPS = (*_FUNCTIONS, *_RESHAPES, *_CALLS)
-_LINEAR = (operator.getitem, "expand", *_RESHAPES, *_VIEWS)
-_PICKS = (operator.getitem, torch.split, torch.chunk, "split", "chunk")
 
 _WAY_OUT = (
     "What it knows is on the page Curvature for a model you have.\n"
@@ -161,7 +105,9 @@ class GraphReading:
                 self._before[node] = next(
                     v for v in first if all(v in line for line in past)
                 )
-                self._operands(node)
+        # Once it is known who else uses what they take.
+        for node in self._before:
+            self._operands(node)
 
     def twin(self) -> HBPModule:
         end, start = self._ends()
@@ -193,6 +139,7 @@ class GraphReading:
                 "it does different things in training and in evaluation mode (for "
                 "dropout, use nn.Dropout or F.dropout(x, training=self.training))"
             )
+        plain_calls(in_training, self._module)
         return in_training
 
     def _traced(self, training: bool) -> fx.Graph:
@@ -218,8 +165,7 @@ class GraphReading:
 
     def _values(self, node: fx.Node) -> list[fx.Node]:
         """The values that a step takes, each as often as it does."""
-        found: list[fx.Node] = []
-        fx.node.map_arg((node.args, node.kwargs), found.append)
+        found = _nodes_in((node.args, node.kwargs))
         return [value for value in found if value in self._depends]
 
     def _is_joint(self, node: fx.Node) -> bool:
@@ -228,38 +174,51 @@ class GraphReading:
         others = [n for n in node.all_input_nodes if n not in self._depends]
         if called is None:
             return False
-        if called in _SUMS and len(values) == 2 and not others:
+        if called in calls.SUMS and len(values) == 2 and not others:
             return is_tuple(self._before[node])
-        if called not in _STEPS or len(values) > 1:
+        if called not in calls.STEPS or len(values) > 1:
             return True
-        sizes = called in _RESHAPES and all(map(_is_batch_size, others))
-        reversed_division = called in _DIV and node.args[0] is not values[0]
+        sizes = called in calls.RESHAPES and all(map(_is_batch_size, others))
+        reversed_division = called in calls.DIV and node.args[0] is not values[0]
         return reversed_division or bool(others and not sizes)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The values of a step, once nothing speaks against it."""
         values, called = self._values(node), called_by(node)
         name = str(getattr(called, "__name__", called))
-        in_place = called in _IN_PLACE or name.endswith("_")
-        is_sum = called in _SUMS and len(values) == 2
+        in_place = called in calls.IN_PLACE or name.endswith("_")
+        is_sum = called in calls.SUMS and len(values) == 2
         options = node.kwargs.keys() - {"alpha"} if is_sum else {"out"} & {*node.kwargs}
         if options:
             raise self._error(f"{described(node)} has other options: {min(options)}")
         if in_place and self._is_joint(node):
             raise self._error(f"{described(node)} is in place; write it out of place")
-        if in_place and self._is_used_elsewhere(values[0]):
+        if in_place or (node.kwargs.get("inplace") and self._is_joint(node)):
+            self._refuse_overwriting(node)
+        return values
+
+    def _refuse_overwriting(self, node: fx.Node) -> None:
+        if self._is_used_elsewhere(self._values(node)[0]):
             raise self._error(
                 f"{described(node)} overwrites what is used elsewhere, too; write it "
                 "out of place, as x + y"
             )
-        return values
 
     def _is_used_elsewhere(self, value: fx.Node) -> bool:
         """Whether something else reads a value, or that of which it may be a view."""
         if sum(user in self._depends for user in value.users) > 1:
             return True
-        is_view = called_by(value) in (*_RESHAPES, *_IN_PLACE, *_VIEWS)
-        return is_view and any(map(self._is_used_elsewhere, self._operands(value)))
+        old = [] if self._is_new(value) else self._operands(value)
+        return any(map(self._is_used_elsewhere, old))
+
+    def _is_new(self, value: fx.Node) -> bool:
+        """Whether it surely has memory of its own."""
+        if value.op != "call_module":
+            return called_by(value) in calls.NEW and not value.kwargs.get("inplace")
+        module = self._module.get_submodule(str(value.target))
+        if (kind := calls.LAYERS.get(type(module))) is None:
+            return self._has_weights(value)
+        return not (getattr(module, "inplace", 0) or issubclass(kind, calls.ALIASES))
 
     def _line(self, node: fx.Node) -> Iterator[fx.Node]:
         """The values that all paths to a value go through, from it to the input."""
@@ -279,7 +238,7 @@ class GraphReading:
                 )
             steps += self._noting(end)
             self._read.add(end)
-            if weighted := self._linear(end) or self._shift(end):
+            if weighted := self._linear(end) or self._bilinear(end):
                 steps.append(weighted)
                 end = self._before[end]
                 continue
@@ -287,7 +246,7 @@ class GraphReading:
                 step, end = self._joint(end)
                 steps.append(step)
                 continue
-            is_sum = called_by(end) in _SUMS and len(self._operands(end)) == 2
+            is_sum = called_by(end) in calls.SUMS and len(self._operands(end)) == 2
             read = self._residual if is_sum else self._step
             steps.append(read(end))
             end = self._before[end]
@@ -306,7 +265,7 @@ class GraphReading:
         first, second = self._operands(node)
         alpha: Any = node.kwargs.get("alpha", 1)
         self._require_constant(node, alpha)
-        factor = -alpha if node.target in _SUB else alpha
+        factor = -alpha if node.target in calls.SUB else alpha
         scale: list[HBPModule] = [] if factor == 1 else [HBPCall(operator.mul, factor)]
         ends = sorted([(first, []), (second, scale)], key=lambda e: order.index(e[0]))
         paths = [self._steps(end, self._before[node]) + last for end, last in ends]
@@ -319,7 +278,7 @@ class GraphReading:
     def _step(self, node: fx.Node) -> HBPModule:
         if node.op == "call_module":
             twin = self._child(node)
-        elif node.target in _RESHAPES:
+        elif node.target in calls.RESHAPES:
             twin = HBPReshape(*self._shape(node))
             twin.training = self._module.training
         else:
@@ -365,6 +324,8 @@ class GraphReading:
                     leaves.add(value)
                 elif value not in inside:
                     self._operands(value)
+                    if value.kwargs.get("inplace"):
+                        self._refuse_overwriting(value)
                     inside.add(value)
                     waiting.append(value)
         # Random layers draw in the order of forward.
@@ -394,16 +355,22 @@ class GraphReading:
         return weighted or "dropout" in name.lower()
 
     def _weights_beside(self, node: fx.Node) -> fx.Node | None:
-        """Of a sum with a value, the parameter or embedding that the rest is a view of.
+        """The parameter or embedding, or what it is a view of, that joins a value.
 
-        There is none if the node is no such sum.
+        There is none if the function is not linear in both.
         """
-        is_sum = called_by(node) in (operator.add, torch.add, "add") and not node.kwargs
-        if not is_sum or len(self._values(node)) != 1:
+        # A weight that is there twice is no linear one.
+        found = _nodes_in((node.args, node.kwargs))
+        others = [n for n in found if n not in self._depends]
+        is_one = len(self._values(node)) == len(others) == 1
+        if (
+            not is_one
+            or called_by(node) not in calls.BILINEAR
+            or node.kwargs.keys() - {"dim"}
+        ):
             return None
-        others = [n for n in node.args if n not in self._depends]
         source: Any = others[0]
-        while isinstance(source, fx.Node) and called_by(source) in _LINEAR:
+        while isinstance(source, fx.Node) and _is_linear(source):
             source = source.args[0]
         if not isinstance(source, fx.Node):
             return None
@@ -434,18 +401,20 @@ class GraphReading:
             raise self._error(f"{described(node)} uses a parameter again")
         self._met.add(parameter)
 
-    def _shift(self, node: fx.Node) -> HBPModule | None:
-        """x + w, for a parameter w of the module or the weight of an embedding."""
+    def _bilinear(self, node: fx.Node) -> HBPModule | None:
+        """x + w, x * w or such, w of the module itself or of an embedding."""
         if not (source := self._weights_beside(node)):
             return None
         (value,) = self._values(node)
+        if self._asked({node}) - {*self._line(value)}:
+            raise self._error(f"{described(node)} asks for a size on another path")
         name, path = str(source.target), joined(self._path, str(source.target))
         region = Region(self, [value], set())
         weight = region.copies[source] = region.graph.placeholder("weight")
         own = self._module._parameters.get(name) if source.op == "get_attr" else None
         if own is not None:
             self._meet(own, node)
-            self._made[node] = ShiftOfModule(own, region.function(node))
+            self._made[node] = BilinearOfModule(own, region.function(node))
             return self._made[node]
         layer = self._module.get_submodule(name)
         options = "padding_idx", "max_norm", "scale_grad_by_freq", "sparse"
@@ -458,7 +427,7 @@ class GraphReading:
         weights = cast(nn.Parameter, layer.weight)
         args = *fx.node.map_arg(source.args, region.copied), weight
         region.copies[source] = region.graph.call_function(F.embedding, args)
-        self._children[name] = ShiftOfLayer(weights, region.function(node))
+        self._children[name] = BilinearOfLayer(weights, region.function(node))
         return self._children[name]
 
     def _has_weights(self, node: fx.Node) -> bool:
@@ -468,7 +437,7 @@ class GraphReading:
         return isinstance(module, HBPModule) or any(True for _ in state(module))
 
     def _is_affine(self, node: fx.Node) -> bool:
-        known = called_by(node) in (*_PICKS, *_RESHAPES, *_CALLS)
+        known = called_by(node) in (*calls.PICKS, *calls.RESHAPES, *calls.CALLS)
         return known and len(self._values(node)) == 1 and node.args[0] in self._depends
 
     def noted(self, value: fx.Node) -> NotedShape:
@@ -488,35 +457,41 @@ class GraphReading:
     def without_weights(self, node: fx.Node) -> nn.Module:
         """A copy of a module that has none, and may be called inside a function."""
         module = self._module.get_submodule(str(node.target))
-        if self._has_weights(node) or getattr(module, "inplace", False):
+        if self._has_weights(node):
             raise unsupported(f"{described(node)} in {self._where}")
         refuse_changed(module, joined(self._path, str(node.target)))
-        return copy.deepcopy(module)
+        module = copy.deepcopy(module)
+        for part in module.modules():
+            if getattr(part, "inplace", False):
+                self._refuse_overwriting(node)
+                vars(part)["inplace"] = False  # Autograd runs it again.
+        return module
 
     def _function(self, node: fx.Node) -> HBPModule:
         (value,), options, target = self._operands(node), node.kwargs, node.target
         args = [arg for arg in node.args if arg is not value]
         self._require_constant(node, (args, options))
-        if function := _CALLS.get(target):
-            mixes = target in _REDUCTIONS and not args and options.get("dim") is None
-            bends = bool(options) and function in _REVERSED
+        if function := calls.CALLS.get(target):
+            over_all = not args and options.get("dim") is None
+            mixes = over_all and target in calls.REDUCTIONS
+            bends = bool(options) and function in calls.REVERSED
             if node.args[0] is not value:
-                function = _REVERSED[function]
+                function = calls.REVERSED[function]
             if mixes or bends:
                 raise unsupported(f"{described(node)} in {self._where}")
-            kind = HBPRearrangement if function.__name__ in _MOVES else HBPCall
+            kind = HBPRearrangement if function.__name__ in calls.MOVES else HBPCall
             return kind(function, *args, **options)
         # _trace has seen that training follows the module; None and [] are no options.
         names = [k for k, v in options.items() if v is not None and v != []]
         given = {k: options[k] for k in names if k not in ("training", "_stacklevel")}
         try:
-            return _FUNCTIONS[target](*args, **given)
+            return calls.FUNCTIONS[target](*args, **given)
         except TypeError as error:
             raise self._error(f"{described(node)} has other options") from error
 
     def _child(self, node: fx.Node) -> HBPModule:
         name = str(node.target)
-        if len(node.args) > 1 or node.kwargs:
+        if node.kwargs or list(node.args) != self._values(node)[:1]:
             raise self._error(
                 f"self.{name} is called with other arguments than one tensor"
             )
@@ -540,9 +515,7 @@ class GraphReading:
         return shape
 
     def _require_constant(self, node: fx.Node, options: Any) -> None:
-        found: list[fx.Node] = []
-        fx.node.map_arg(options, found.append)
-        if found:
+        if _nodes_in(options):
             raise self._error(
                 f"an option of {described(node)} depends on the data or its size; "
                 "write a number, or use an adaptive layer"
@@ -574,6 +547,19 @@ def _is_batch_size(size: Any) -> bool:
     if size.target == "size":
         return size.args[1:] == (0,) or size.kwargs == {"dim": 0}
     return size.target is operator.getitem and size.args[1:] == (0,)
+
+
+def _nodes_in(arguments: Any) -> list[fx.Node]:
+    """Each as often as it is there."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return found
+
+
+def _is_linear(node: fx.Node) -> bool:
+    """Whether it is linear in its first argument."""
+    turned = called_by(node) is getattr and node.args[1] in ("T", "mT")
+    return bool(node.args) and (turned or called_by(node) in calls.LINEAR)
 
 
 def _is_empty(module: nn.Module) -> bool:

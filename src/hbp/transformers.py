@@ -6,10 +6,12 @@ of these has the attributes of its namesake, and takes one of them.
 
 from __future__ import annotations
 
+import inspect
+import operator
 from typing import Final
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 class Attention(nn.MultiheadAttention):
@@ -25,7 +27,8 @@ class Attention(nn.MultiheadAttention):
 
     def by_head(self, x: Tensor) -> Tensor:
         """[N, T, features] → [N, heads, T, features of a head]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        # Not transpose(1, 2), which would take one sequence without a batch.
+        return x.unflatten(-1, (self.num_heads, -1)).permute(0, 2, 1, 3)
 
 
 class EncoderLayer(nn.TransformerEncoderLayer):
@@ -59,11 +62,32 @@ class Encoder(nn.TransformerEncoder):
         return x if self.norm is None else self.norm(x)
 
 
+_ABOUT_WEIGHTS: Final = "need_weights", "average_attn_weights"
+
 PLAIN: Final[dict[type, type[nn.Module]]] = {
     nn.MultiheadAttention: Attention,
     nn.TransformerEncoderLayer: EncoderLayer,
     nn.TransformerEncoder: Encoder,
 }
+
+
+def plain_calls(graph: fx.Graph, module: nn.Module) -> None:
+    """attention(x, x, x)[0] becomes attention(x), as the plain class takes it."""
+    for node in graph.nodes:
+        name = str(node.target) if node.op == "call_module" else ""
+        if type(module.get_submodule(name)) is not nn.MultiheadAttention:
+            continue
+        names = inspect.signature(nn.MultiheadAttention.forward).parameters
+        given = {**dict(zip([*names][1:], node.args, strict=False)), **node.kwargs}
+        given = {k: v for k, v in given.items() if k not in _ABOUT_WEIGHTS}
+        values = [value for value in given.values() if value is not None]
+        is_self = len(values) == 3 and values[0] == values[1] == values[2]
+        outputs = [(user.target, user.args) for user in node.users if user.users]
+        if is_self and {*outputs} == {(operator.getitem, (node, 0))}:
+            node.args, node.kwargs = (given["query"],), {}
+            for user in list(node.users):
+                user.replace_all_uses_with(node)
+                graph.erase_node(user)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module] | None:

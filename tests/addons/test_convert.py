@@ -967,6 +967,25 @@ def test_models_of_torchvision(name: str, size: int) -> None:
     assert product.any()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "regnet_y_400mf",
+        "squeezenet1_0",
+        "shufflenet_v2_x0_5",
+        "mnasnet0_5",
+        "mobilenet_v2",
+        "mobilenet_v3_small",
+    ],
+)
+def test_more_models_of_torchvision(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    model = getattr(models, name)(num_classes=3).eval()
+    twin, x = hbp.convert(model), torch.rand(2, 3, 64, 64)
+    assert _names(twin) == _names(model)
+    close(twin(x).detach(), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 class Shadowed(nn.Module):
     """Its layers have the names that torch.fx gives to the function, and the next."""
 

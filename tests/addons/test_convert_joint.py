@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape))
+    return nn.Parameter(torch.randn(shape))
 
 
 def queries(m: Any, x: Any) -> Any:
@@ -72,6 +72,45 @@ def masked(m: Any, x: Any) -> Any:
     return m.out(scores.masked_fill(later, -9.0).softmax(-1) @ x)
 
 
+def token_in_front(m: Any, x: Any) -> Any:
+    return m.out(torch.cat([m.p.expand(x.size(0), 1, -1), m.a(x)], dim=1))
+
+
+def pooled_by_attention(m: Any, x: Any) -> Any:
+    h = m.a(x)
+    return m.out((h * (h @ m.p).softmax(1)[..., None]).sum(1))
+
+
+def overwritten(m: Any, x: Any) -> Any:
+    b = m.b(x)
+    return m.out(b * m.silu(b))
+
+
+def view_overwritten(m: Any, x: Any) -> Any:
+    a = m.a(x)
+    return m.out(torch.cat([m.silu(a[:, :2]), a[:, 2:]], 1) * a)
+
+
+def alias_overwritten(m: Any, x: Any) -> Any:
+    b = m.b(x)
+    return m.out(m.silu(m.same(b)) * b)
+
+
+def overwritten_at_the_end(m: Any, x: Any) -> Any:
+    a = m.a(x)
+    return m.out(m.b(F.threshold(a, 0.1, 0.0, inplace=True)) * a)
+
+
+def size_of_a_later_path(m: Any, x: Any) -> Any:
+    b = m.b(x)
+    return m.out(m.a(x) * m.p[: b.size(1)] * m.c(b))
+
+
+def overwritten_by_option(m: Any, x: Any) -> Any:
+    b = m.b(x)
+    return m.out(b * F.silu(b, inplace=True))
+
+
 SQUARE, VECTOR = (2, 3, 4), (3, 4)
 STEPS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     "q, k, v": (queries, SQUARE),
@@ -93,6 +132,26 @@ STEPS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     ),
     "a shift as a path": (lambda m, x: m.out((m.a(x) + m.p) * m.b(x)), VECTOR),
     "kept statistics": (lambda m, x: m.out(m.norm(m.a(x)) * m.b(x)), VECTOR),
+    "layer in place": (lambda m, x: m.out(m.a(x) * m.silu(m.b(x))), VECTOR),
+    "function in place": (
+        lambda m, x: m.out(m.a(x) * F.silu(m.b(x), inplace=True)),
+        VECTOR,
+    ),
+    "scaled by a parameter": (lambda m, x: m.out(x - m.p * m.a(x)), VECTOR),
+    "times a matrix": (lambda m, x: m.out((m.a(x) @ m.V).tanh() @ m.W), VECTOR),
+    "turned": (lambda m, x: m.out(m.a(x) @ m.W.T @ m.V.t()), VECTOR),
+    "scaled by a number": (lambda m, x: m.out(x + m.g * m.a(x)), VECTOR),
+    "in place inside": (
+        lambda m, x: m.out(m.a(x) * m.deep(m.b(x))),
+        VECTOR,
+    ),
+    "parameter first": (lambda m, x: m.out(m.C @ m.a(x)), SQUARE),
+    "einsum with a parameter": (
+        lambda m, x: m.out(torch.einsum("ni,io->no", m.a(x), m.V)),
+        VECTOR,
+    ),
+    "token in front": (token_in_front, SQUARE),
+    "pooled by attention": (pooled_by_attention, SQUARE),
     "softmax": (lambda m, x: m.out(m.soft(m.a(x)) * m.act(m.b(x))), VECTOR),
 }
 MEMBERS: dict[str, Callable[[], Any]] = {
@@ -104,6 +163,10 @@ MEMBERS: dict[str, Callable[[], Any]] = {
     "norm": lambda: nn.BatchNorm1d(4, affine=False).eval(),
     "soft": lambda: nn.Softmax(-1),
     "act": lambda: nn.Sequential(nn.Tanh(), nn.Dropout(0.0)),
+    "silu": lambda: nn.SiLU(inplace=True),
+    "deep": lambda: nn.Sequential(nn.SiLU(inplace=True)),
+    "C": lambda: parameter(3, 3),
+    "g": lambda: parameter(),
     "V": lambda: parameter(4, 4),
     "W": lambda: parameter(4, 4),
     "p": lambda: parameter(4),
@@ -207,6 +270,16 @@ def test_a_parameter_of_the_twin_stays() -> None:
         twin.p = parameter(4)
 
 
+def test_a_twin_may_be_part_of_a_model() -> None:
+    own = nn.Linear(2, 2).double()
+    model = nn.Sequential(net(lambda m, x: m.out(m.a(x) + m.p)), own)
+    twin = hbp.convert(nn.Sequential(hbp.convert(model[0]), own))
+    assert list(twin.state_dict()) == list(model.state_dict())
+    outputs = twin(randn(*VECTOR))
+    hbp.backward(twin, outputs, outputs.square().sum())
+    assert all(p.hessian is not None for p in model.parameters())
+
+
 def on_another_path(m: Any, x: Any) -> Any:
     b = m.b(x)
     return m.out(m.c(b).tanh() * m.a(x * b.size(-1) * x))
@@ -220,11 +293,27 @@ REFUSED: dict[str, tuple[Forward, dict[str, Any], str]] = {
         {"places": nn.Embedding(4, 4, max_norm=0.5)},
         r"know self\.places in",
     ),
-    "layer in place": (
-        lambda m, x: m.out(m.a(x) * m.silu(m.b(x))),
-        {"silu": nn.SiLU(inplace=True)},
-        r"know self\.silu in",
+    "layer in place": (overwritten, {}, r"self\.silu overwrites what"),
+    "option in place": (overwritten_by_option, {}, r"F\.silu overwrites what"),
+    "view in place": (view_overwritten, {}, r"self\.silu overwrites what"),
+    "alias in place": (
+        alias_overwritten,
+        {"same": nn.Identity()},
+        r"self\.silu overwrites what",
     ),
+    "end in place": (overwritten_at_the_end, {}, r"threshold overwrites what"),
+    "a parameter twice in one": (
+        lambda m, x: m.out(torch.einsum("ni,i,i->ni", m.a(x), m.p, m.p)),
+        {},
+        r"know self\.p",
+    ),
+    "parameter by a size on another path": (
+        size_of_a_later_path,
+        {"c": Linear(4, 4)},
+        "asks for a size on another path",
+    ),
+    "divided by a parameter": (lambda m, x: m.out(m.a(x) / m.p), {}, r"know self\.p"),
+    "a list": (lambda m, x: m.out(m.a([x])), {}, "other arguments than one tensor"),
     "function in place": (
         lambda m, x: m.out(torch.tanh_(m.a(x)) * x),
         {},
@@ -248,6 +337,7 @@ def test_what_is_refused(name: str) -> None:
 MIXING: dict[str, Forward] = {
     "sum over earlier samples": lambda m, x: m.out(torch.cumsum(m.a(x), 0)),
     "minus the mean": lambda m, x: m.out(m.a(x) * (x - x.mean(0, keepdim=True))),
+    "matrix over samples": lambda m, x: m.out(m.C @ m.a(x)),
     "random": lambda m, x: m.out(m.a(x) * torch.rand_like(x)),
 }
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import close, randn, seed
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 import hbp
 from hbp import reference
@@ -57,6 +58,18 @@ class Heads(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
+
+
+class TorchsAttention(nn.Module):
+    """nn.MultiheadAttention, as a forward calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.attention(x, key=x, value=x, attn_mask=None, need_weights=False)
+        return y
 
 
 class Gated(nn.Module):
@@ -117,6 +130,10 @@ def modern() -> nn.Module:
     return GPT([Block(Heads(), Gated(), nn.RMSNorm)], False)
 
 
+def torchs() -> nn.Module:
+    return GPT([Block(TorchsAttention(), mlp(), nn.LayerNorm)], False)
+
+
 def encoder(norm_first: bool) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         layer = nn.TransformerEncoderLayer(
@@ -134,11 +151,12 @@ SIZES_PASS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 MODELS = {
     "plain": plain,
     "modern": modern,
+    "torch's": torchs,
     "encoder": encoder(False),
     "encoder, norm first": encoder(True),
 }
 if not SIZES_PASS:
-    MODELS = {"modern": modern}
+    MODELS = {"modern": modern, "torch's": torchs}
 
 
 @pytest.fixture(params=MODELS)
@@ -253,6 +271,48 @@ def test_attention_drops_weights_as_the_model_does() -> None:
     assert model.blocks[0].attention.qkv.weight.hessian.trace() > 0
 
 
+def test_a_vision_transformer() -> None:
+    """torchvision's: patches, a token in front, positions, and torch's attention."""
+    seed(0)
+    model = VisionTransformer(4, 2, 1, HEADS, WIDTH, 8, num_classes=3).double()
+    nn.init.normal_(model.heads.head.weight)  # It is zero, and nothing gets through.
+    twin = hbp.convert(model)
+    images, labels = randn(2, 3, 4, 4), torch.tensor([0, 2])
+    outputs = twin(images)
+    close(outputs.detach(), model(images).detach())
+    hbp.backward(
+        twin, outputs, F.cross_entropy(outputs, labels), curvature="ggn", exact=True
+    )
+    found = reference.ggn_blocks(model, F.cross_entropy, images, labels)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    for name, block in found.items():
+        vector = randn(len(block))
+        close(model.get_parameter(name).hessian @ vector, block @ vector, what=name)
+
+
+def weighed(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    y, weights = attention(x, x, x)
+    return y + weights.sum((1, 2))[:, None, None]
+
+
+class Calls(nn.Module):
+    """An attention, called in some way."""
+
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.attention, x)
+
+
+def test_torchs_attention_needs_a_batch() -> None:
+    twin = hbp.convert(Calls(lambda attention, x: attention(x, x, x)[0]))
+    with pytest.raises(RuntimeError, match="dimensions"):
+        twin(torch.rand(3, WIDTH))
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -270,6 +330,22 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         lambda: nn.TransformerEncoderLayer(8, 2, 12, 0.1, batch_first=True),
         ValueError,
         r"dropout=0\.1.*layer\.self_attn\.dropout",
+    ),
+    "attention weights": (lambda: Calls(weighed), TypeError, "arguments than one"),
+    "masked by position": (
+        lambda: Calls(lambda a, x: a(x, x, x, torch.eye(2).bool())[0]),
+        TypeError,
+        "arguments than one",
+    ),
+    "attention to something else": (
+        lambda: Calls(lambda attention, x: attention(x, x.tanh(), x)[0]),
+        TypeError,
+        "arguments than one",
+    ),
+    "masked attention": (
+        lambda: Calls(lambda a, x: a(x, x, x, attn_mask=torch.eye(2))[0]),
+        TypeError,
+        "arguments than one",
     ),
     "time first": (
         lambda: nn.TransformerEncoderLayer(8, 2, 12, 0.0),

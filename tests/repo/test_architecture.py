@@ -149,7 +149,7 @@ def test_no_file_is_long() -> None:
     assert {name: n for name, n in lines.items() if n > 500} == {}
 
 
-@pytest.mark.parametrize(("folder", "most"), [(CORE, 1900), (PACKAGE, 5900)])
+@pytest.mark.parametrize(("folder", "most"), [(CORE, 1900), (PACKAGE, 5970)])
 def test_the_package_is_small(folder: Path, most: int) -> None:
     lines = lines_of(list(folder.rglob("*.py")))
     assert sum(lines.values()) <= most

@@ -115,7 +115,7 @@ class HBPResidual(HBPModule):
         if through.shape != past.shape:
             raise ValueError(
                 f"The branch of this HBPResidual returned {list(through.shape)} and "
-                f"its shortcut {list(past.shape)}; both must have the same shape."
+                f"its shortcut {list(past.shape)}. Expand one, as by x.expand(-1, 4)."
             )
         return self.record(input, through + past, keep=None, with_gradient=False)
 

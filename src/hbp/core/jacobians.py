@@ -438,7 +438,7 @@ class Bilinear(Jacobian):
         if len(values) == 1:
             result: Tensor = function(self.data, values[0])
             return result.reshape(1, -1)
-        return vmap(function, (None, 0))(self.data, values).flatten(1)
+        return vmap(function, (None, 0))(self.data, values).reshape(len(values), -1)
 
 
 class Chain(Jacobian):

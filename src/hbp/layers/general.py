@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
 
 from hbp.core import settings
 from hbp.core.jacobians import (
@@ -389,24 +390,29 @@ def _fits(entries: int, like: Tensor) -> bool:
     return entries * like.element_size() <= settings.dense_limit
 
 
-class FunctionRule(Noted, GeneralRule):
-    """The rule of a function that somebody gives, of which little is known."""
+class Separate(Noted):
+    """A function that somebody gives, which may not be one of each sample alone."""
+
+    _function: Callable[[Tensor], Tensor]
 
     def check_record(self) -> None:
         super().check_record()
         x, function = self.last_record.kept, self._as_recorded(self._function)
         among = function(x)
-        tolerance = torch.finfo(among.dtype).eps ** 0.5
+        near: Any = dict.fromkeys(("rtol", "atol"), torch.finfo(among.dtype).eps ** 0.5)
         for n in (slice(0, 1), slice(len(x) - 1, len(x))):
-            alone = function(x[n])
-            if alone.shape != among[n].shape or not torch.allclose(
-                alone, among[n], tolerance, tolerance, equal_nan=True
-            ):
+            try:  # It may not take one sample at all.
+                assert_close(function(x[n]), among[n], **near, equal_nan=True)
+            except (AssertionError, RuntimeError) as error:
                 raise ValueError(
                     f"{self} makes something else of a sample alone than among others: "
                     "it mixes samples, or is random. Keep dimension 0 as it is; for "
                     "dropout, call eval()."
-                )
+                ) from error
+
+
+class FunctionRule(Separate, GeneralRule):
+    """The rule of a function that somebody gives, of which little is known."""
 
 
 class SoftmaxRule(GeneralRule):
