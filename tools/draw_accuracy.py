@@ -1,6 +1,7 @@
 """Draw and tabulate the JSON files in ``docs/assets/accuracy``.
 
-They are ``results.json``, the race, and ``paper.json``, a row of the paper.
+They are ``results.json``, the race, ``paper.json``, a row of the paper, and
+``language.json``, a small language model.
 
 Run it as ``python tools/draw_accuracy.py``.
 """
@@ -185,6 +186,35 @@ def draw_paper(report: Json) -> Drawing:
     return curves(panels)
 
 
+def language(report: Json) -> str:
+    """Held-out losses of the small language model, and what a step takes."""
+    names = {
+        "exact": "HBP, exact blocks, α",
+        "averaged": "HBP, averaged blocks, α",
+        "muon": "Muon",
+        "adamw": "AdamW",
+    }
+    looks = ["5", "10", "20", "40"]
+    kinds: dict[tuple[int, str], list[Json]] = {}
+    for run in report["runs"]:
+        if not run["trial"]:
+            kinds.setdefault((run["batch"], run["method"]), []).append(run)
+    rows = []
+    for (batch, method), runs in sorted(kinds.items(), key=lambda kind: kind[0][0]):
+        losses = [
+            [r["losses"][at] for r in runs] for at in looks if at in runs[0]["losses"]
+        ]
+        cells = [f"{fmean(v):.2f} ({min(v):.2f}–{max(v):.2f})" for v in losses]
+        seconds = fmean([run["seconds"] for run in runs])
+        rows.append(
+            [str(batch), f"{names[method]} {runs[0]['setting']}", *cells]
+            + [""] * (len(looks) - len(cells))
+            + [f"{seconds:.2g}"]
+        )
+    steps = [f"{look} steps" for look in looks]
+    return table(["batch", "", *steps, "seconds a step"], rows)
+
+
 Pages = dict[str, Callable[[Json], str]]
 Figures = dict[str, Callable[[Json], Drawing]]
 PARTS: list[tuple[str, Callable[[Json], Json], Pages, Figures]] = [
@@ -196,6 +226,7 @@ PARTS: list[tuple[str, Callable[[Json], Json], Pages, Figures]] = [
         {"curves-more": draw},
     ),
     ("results", lambda report: report, {"grid": grid}, {}),
+    ("language", lambda report: report, {"language": language}, {}),
     (
         "paper",
         lambda report: report,

@@ -366,6 +366,56 @@ def test_what_the_page_says_was_chosen() -> None:
         assert largest == {m: runs[m][0]["lr"] for m in largest}
 
 
+def test_what_the_page_says_of_the_language_model() -> None:
+    report = json.loads((draw.FOLDER / "language.json").read_text("utf-8"))
+    by_method: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        if not run["trial"]:
+            by_method.setdefault((run["method"], run["batch"]), []).append(run)
+    assert {*by_method} == {
+        *((method, 64) for method in language.FINALS),
+        *((method, 256) for method in language.LARGE),
+    }
+
+    def ends(method: str, looks: str, batch: int = 64) -> list[float]:
+        runs = by_method[method, batch]
+        assert len(runs) == 3
+        return [run["losses"][looks] for run in runs]
+
+    def is_ahead(looks: str, other: str, batch: int = 64) -> bool:
+        pairs = zip(ends("exact", looks, batch), ends(other, looks, batch), strict=True)
+        return all(own < theirs for own, theirs in pairs)
+
+    for looks in ("5", "10", "20", "40"):
+        assert all(is_ahead(looks, other) for other in ("averaged", "muon", "adamw"))
+        assert fmean(ends("averaged", looks)) > fmean(ends("muon", looks))
+    for looks in ("10", "20"):
+        assert all(is_ahead(looks, other, 256) for other in ("muon", "adamw"))
+    gains = {
+        method: fmean(ends(method, "20")) - fmean(ends(method, "20", 256))
+        for method in language.LARGE
+    }
+    assert gains["exact"] > gains["muon"] > 0 > gains["adamw"]
+    seconds = {k: fmean(run["seconds"] for run in of) for k, of in by_method.items()}
+    for slow in (("exact", 64), ("averaged", 64), ("exact", 256)):
+        for fast in ("muon", "adamw"):
+            assert seconds[slow] > 100 * seconds[fast, slow[1]]
+    assert seconds["averaged", 64] > seconds["exact", 64] / 2
+    assert by_method["exact", 64][0]["setting"] == min(language.SETTINGS["exact"])
+    trials = [run for run in report["runs"] if run["trial"]]
+    assert len(trials) == 15
+    for method in language.FINALS:
+        own = [run for run in trials if run["method"] == method]
+        best = min(own, key=lambda run: run["losses"]["20"])
+        found = {
+            r["setting"] for k, of in by_method.items() for r in of if k[0] == method
+        }
+        assert found == {best["setting"]}
+    damped = [r["losses"]["20"] for r in trials if r["method"] == "ratio"]
+    others = [r["losses"]["20"] for r in trials if r["method"] in ("exact", "muon")]
+    assert min(damped) > max(others)
+
+
 def test_what_the_page_says_of_the_paper_s_row() -> None:
     report = json.loads((draw.FOLDER / "paper.json").read_text("utf-8"))
     logs = {run["method"]: run["log"] for run in report["runs"]}
@@ -378,16 +428,16 @@ def test_what_the_page_says_of_the_paper_s_row() -> None:
         assert log[-1]["seconds"] <= report["settings"]["budget"]
 
 
+@pytest.mark.filterwarnings("ignore:The step promises")
 @pytest.mark.parametrize("method", language.SETTINGS)
 def test_every_method_learns_the_language(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps on few stretches: below what a guess among all letters costs."""
     monkeypatch.setattr(language, "RUNS", tmp_path)
-    monkeypatch.setattr(language, "BATCH", 8)
     monkeypatch.setattr(language, "TRIAL", 2)
     monkeypatch.setattr(language, "LOOKS", [2])
-    found = language.train(language.Run(method, language.SETTINGS[method][1]))
+    found = language.train(language.Run(method, language.SETTINGS[method][1], batch=8))
     _, letters = language.text()
     assert found["losses"][2] < math.log(letters)
 
