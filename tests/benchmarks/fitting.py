@@ -210,4 +210,4 @@ def table(tasks: dict[str, Task]) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(table(TASKS))
+    print(table(TASKS), end="")
