@@ -314,6 +314,11 @@ REFUSED: dict[str, tuple[Forward, dict[str, Any], str]] = {
     ),
     "divided by a parameter": (lambda m, x: m.out(m.a(x) / m.p), {}, r"know self\.p"),
     "a list": (lambda m, x: m.out(m.a([x])), {}, "other arguments than one tensor"),
+    "a layer of a constant": (
+        lambda m, x: m.out(m.a(x) * m.b(torch.ones(1, 4)).tanh()),
+        {},
+        r"know self\.b in",
+    ),
     "function in place": (
         lambda m, x: m.out(torch.tanh_(m.a(x)) * x),
         {},

@@ -220,6 +220,35 @@ def test_positions_that_nothing_couples_are_like_samples() -> None:
     close(block, blocks_of(expanded, x.flatten(0, 1), labels)[0])
 
 
+@pytest.mark.parametrize("treatment", ["ggn", "none"])
+def test_paths_that_average_the_product(treatment: str) -> None:
+    """E[J_iᵀH_ii J_i] of each path, and what couples them by E[J_i]; see eq-paths."""
+    seed(0)
+    paths = [
+        hbp.HBPSequential(hbp.HBPLinear(4, 3), hbp.HBPSigmoid()),
+        hbp.HBPSequential(hbp.HBPLinear(4, 2), hbp.HBPTanh()),
+    ]
+    model = hbp.HBPParallel(*paths).double()
+    model.set_hbp_approximation(average_input_jacobian=False)
+    x, weights, H = randn(6, 4).requires_grad_(), randn(6, 5), randn(5, 5)
+    (model(x) * weights).sum().backward()
+    found = model.backward_hessian(H + H.T, True, treatment)
+    assert found is not None
+    jacobian = torch.func.vmap(torch.func.jacrev(model))
+    J = jacobian(x.detach()[:, None])[:, 0, :, 0]  # [6, 5, 4]
+    mean, own = J.mean(0), torch.block_diag(torch.ones(3, 3), torch.ones(2, 2))
+    alone, coupled = (H + H.T) * own, (H + H.T) * (1 - own)
+    expected = (J.mT @ alone @ J).mean(0) + mean.T @ coupled @ mean
+    if treatment == "none":
+
+        def weighed(x: Tensor, delta: Tensor) -> Tensor:
+            return (model(x[None])[0] * delta).sum()
+
+        bent = torch.func.vmap(torch.func.hessian(weighed))(x.detach(), weights)
+        expected = expected + bent.sum(0)
+    close(found.to_dense(), expected)
+
+
 def test_a_layer_in_two_paths_is_refused() -> None:
     layer = hbp.HBPTanh()
     model = hbp.HBPSequential(layer, hbp.HBPJoin(operator.mul, layer, hbp.HBPTanh()))
