@@ -140,6 +140,10 @@ STEPS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     "scaled by a parameter": (lambda m, x: m.out(x - m.p * m.a(x)), VECTOR),
     "times a matrix": (lambda m, x: m.out((m.a(x) @ m.V).tanh() @ m.W), VECTOR),
     "turned": (lambda m, x: m.out(m.a(x) @ m.W.T @ m.V.t()), VECTOR),
+    "expanded": (
+        lambda m, x: m.out(x - m.a(x).mean(1, keepdim=True).expand(-1, 4)),
+        VECTOR,
+    ),
     "scaled by a number": (lambda m, x: m.out(x + m.g * m.a(x)), VECTOR),
     "in place inside": (
         lambda m, x: m.out(m.a(x) * m.deep(m.b(x))),
