@@ -304,7 +304,7 @@ def _(layer: HBPSequential, u: Tensor | None, moves: Moves) -> Tensor | None:
 @tangent.register
 def _(layer: HBPResidual, u: Tensor | None, moves: Moves) -> Tensor | None:
     through = tangent(layer.branch, u, moves)
-    past = u if layer.shortcut is None else tangent(layer.shortcut, u, moves)
+    past = tangent(layer.shortcut, u, moves)
     return through if past is None else past if through is None else through + past
 
 

@@ -264,7 +264,6 @@ class GraphReading:
         order = list(self._graph.nodes)
         first, second = self._operands(node)
         alpha: Any = node.kwargs.get("alpha", 1)
-        self._require_constant(node, alpha)
         factor = -alpha if node.target in calls.SUB else alpha
         scale: list[HBPModule] = [] if factor == 1 else [HBPCall(operator.mul, factor)]
         ends = sorted([(first, []), (second, scale)], key=lambda e: order.index(e[0]))
@@ -470,7 +469,6 @@ class GraphReading:
     def _function(self, node: fx.Node) -> HBPModule:
         (value,), options, target = self._operands(node), node.kwargs, node.target
         args = [arg for arg in node.args if arg is not value]
-        self._require_constant(node, (args, options))
         if function := calls.CALLS.get(target):
             over_all = not args and options.get("dim") is None
             mixes = over_all and target in calls.REDUCTIONS
@@ -506,20 +504,12 @@ class GraphReading:
         if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
             sizes = tuple(sizes[0])
         shape: list[Any] = [None if _is_batch_size(size) else size for size in sizes]
-        self._require_constant(node, shape)
         if not shape or shape[0] not in (None, -1) or None in shape[1:]:
             raise self._error(
                 f"{described(node)} does not keep the samples apart; write "
                 "x.flatten(1), or x.reshape(x.size(0), ...)"
             )
         return shape
-
-    def _require_constant(self, node: fx.Node, options: Any) -> None:
-        if _nodes_in(options):
-            raise self._error(
-                f"an option of {described(node)} depends on the data or its size; "
-                "write a number, or use an adaptive layer"
-            )
 
     def _tree(self, module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         """The children under their names, some in containers that do not run."""

@@ -555,7 +555,23 @@ def test_an_empty_shortcut_is_the_identity() -> None:
     """Many write ``self.shortcut = nn.Sequential()``."""
     twin = hbp.convert(ResNet())
     shortcuts = [block._chain[0].shortcut for block in twin.blocks]
-    assert [shortcut is None for shortcut in shortcuts] == [False, True]
+    assert [len(shortcut) > 0 for shortcut in shortcuts] == [True, False]
+
+
+def test_a_refusal_names_the_layer_by_its_path() -> None:
+    """As the model that was converted calls it."""
+    model = ResNet()
+    model.train()
+    twin = hbp.convert(model)
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 1])
+    outputs = twin(x)
+    loss = nn.CrossEntropyLoss()(outputs, y)
+    with pytest.raises(ValueError, match="statistics of the batch") as refused:
+        hbp.backward(twin, outputs, loss)
+    (note,) = refused.value.__notes__
+    path = note.split("'")[1]
+    assert isinstance(model.get_submodule(path), nn.BatchNorm2d)
+    assert note == f"It is layer {path!r} of the model."
 
 
 def test_layers_of_a_converted_model_stay() -> None:

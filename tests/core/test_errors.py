@@ -44,15 +44,16 @@ def refuses(
     error: type[Exception],
     message: str,
     call: Callable[[], Any],
-) -> None:
+) -> Exception:
     """The error, and neither a parameter nor a p.hessian has changed."""
     before = values(model)
     curvature = [getattr(p, "hessian", None) for p in model.parameters()]
-    with pytest.raises(error, match=f"(?s){message}"):
+    with pytest.raises(error, match=f"(?s){message}") as refused:
         call()
     assert all(map(same, values(model), before))
     for p, kept in zip(model.parameters(), curvature, strict=True):
         assert getattr(p, "hessian", None) is kept
+    return refused.value
 
 
 # --------------------------------------------------------------------------------------
@@ -330,12 +331,15 @@ def test_not_finite_in_a_branch_without_parameters(average: bool) -> None:
     loss.backward()
     model[1].branch[0].last_record.kept.data[0, 0] = NAN
     message = r"The derivative of HBP.* contains NaN or infinity"
-    refuses(
+    refused = refuses(
         model,
         ArithmeticError,
         message,
         lambda: model.backward_hessian(H, False, "zero"),
     )
+    # Averaged, what is read is the sum of the two paths.
+    where = "1" if average else "1.branch.0"
+    assert refused.__notes__ == [f"It is layer {where!r} of the model."]
 
 
 def test_a_buffer_that_has_changed() -> None:

@@ -294,7 +294,7 @@ def recursion(
             J = J @ J_child
         return H, J, delta
     if isinstance(module, hbp.HBPResidual):
-        assert module.shortcut is None
+        assert not len(module.shortcut)  # The identity.
         recursion(module.branch, x, delta, H, treatment, blocks)
         none: dict[Tensor, Tensor] = {}
         R, J, _ = recursion(module.branch, x, delta, 0 * H, treatment, none)
@@ -658,8 +658,9 @@ def test_images_without_a_batch_dimension(layer: hbp.HBPModule) -> None:
 def test_batch_norm_in_training_mode(exactly: bool) -> None:
     model = conv_net().train()
     model.insert(1, hbp.HBPBatchNorm2d(3).double())
-    with pytest.raises(ValueError, match=r"Call eval\(\)"):
+    with pytest.raises(ValueError, match=r"Call eval\(\)") as refused:
         send_back(model, randn(*IMAGES), None, exactly)
+    assert refused.value.__notes__ == ["It is layer '1' of the model."]
     assert all(p.hessian is None for p in model.parameters())
 
 

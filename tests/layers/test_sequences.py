@@ -277,9 +277,9 @@ def test_indices_have_no_curvature() -> None:
 
 
 def test_paths_are_hbp_modules_and_functions_callable() -> None:
-    with pytest.raises(TypeError, match="None is no path"):
+    with pytest.raises(TypeError, match="A path of this HBPParallel is None"):
         hbp.HBPParallel()
-    with pytest.raises(TypeError, match=r"Linear.* is no path"):
+    with pytest.raises(TypeError, match="A path of this HBPParallel is Linear"):
         hbp.HBPJoin(operator.mul, torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="function=3 must be a function"):
         hbp.HBPJoin(3, hbp.HBPTanh())

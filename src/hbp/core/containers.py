@@ -7,7 +7,7 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from .jacobians import Chain, Jacobian, Rearrangement, Sum
+from .jacobians import Chain, Jacobian, Sum
 from .module import HBPModule, Reading
 from .operators import DenseOperator, OperatorSum, ZeroOperator
 from .operators import SymmetricOperator as Operator
@@ -45,14 +45,7 @@ class HBPSequential(HBPModule, nn.Sequential):
 
     def _checked_children(self) -> list[HBPModule]:
         """The children, once nothing in them would make their curvature wrong."""
-        children: list[HBPModule] = []
-        for name, module in self.named_children():
-            if not isinstance(module, HBPModule):
-                raise TypeError(
-                    f"Child {name!r} of this HBPSequential is {module}, which sends no "
-                    "curvature backward. Use HBP layers, or convert(model)."
-                )
-            children.append(module)
+        children = [checked(m, f"Child {n!r}", self) for n, m in self.named_children()]
         require_distinct(self)
         return children
 
@@ -81,14 +74,9 @@ class HBPResidual(HBPModule):
 
     def __init__(self, branch: HBPModule, shortcut: HBPModule | None = None) -> None:
         super().__init__()
-        past = branch if shortcut is None else shortcut
-        for name, module in [("branch", branch), ("shortcut", past)]:
-            if not isinstance(module, HBPModule):
-                raise TypeError(
-                    f"{name} is {module}, which sends no curvature backward. Use HBP "
-                    "layers, or convert(model)."
-                )
-        self.branch, self.shortcut = branch, shortcut
+        past = HBPSequential() if shortcut is None else shortcut
+        self.branch = checked(branch, "branch", self)
+        self.shortcut = checked(past, "shortcut", self)
 
     def forward(self, input: Tensor) -> Tensor:
         """z = t(x) + s(x), [N, ...] → [N, ...].
@@ -106,7 +94,7 @@ class HBPResidual(HBPModule):
                 "shortcut needs it. Make its first layer out-of-place."
             )
         version = through._version
-        past = input if self.shortcut is None else self.shortcut(input)
+        past = self.shortcut(input)
         if through._version != version:
             raise RuntimeError(
                 "The shortcut of this HBPResidual changes its input in place, and the "
@@ -124,14 +112,10 @@ class HBPResidual(HBPModule):
     ) -> Operator | None:
         require_distinct(self)
         self._require_usable(H, reading)
-        for path in self._paths:
+        for path in (self.branch, self.shortcut):
             if _is_trained(path):
                 path.pull_back(H, reading, False)
         return self.input_hessian(H, reading) if further else None
-
-    @property
-    def _paths(self) -> list[HBPModule]:
-        return [self.branch] + ([] if self.shortcut is None else [self.shortcut])
 
     def input_hessian(self, H: Operator, reading: Reading) -> Operator:
         layers = [m for m in self.modules() if isinstance(m, HBPModule)]
@@ -145,27 +129,23 @@ class HBPResidual(HBPModule):
 
     def _averaged_product(self, H: Operator, reading: Reading) -> Operator:
         """E[JᵀHJ] of each path, and what couples them."""
-        terms = self._sent_back(H, reading)
-        if self.shortcut is None:
-            terms.append(H)
         J = self.jacobian().mean(reading.batch)
-        total = OperatorSum([*terms, _CrossTerms(H, J)])
+        total = OperatorSum([*self._sent_back(H, reading), _CrossTerms(H, J)])
         # Its products take three of H_z, nine below the next shortcut, and so on.
         return DenseOperator(total.to_dense()) if total.fits else total
 
     def _sent_back(self, H: Operator, reading: Reading) -> list[Operator]:
         """H_x of each path; the parameters have their blocks already."""
         detour = replace(reading, blocks={})
-        sent = [path.pull_back(H, detour, True) for path in self._paths]
+        paths = self.branch, self.shortcut
+        sent = [path.pull_back(H, detour, True) for path in paths]
         return [hessian for hessian in sent if hessian is not None]
 
     def jacobian(self) -> Sum:
         """The sum of the two paths' Jacobians."""
         before, after = self.last_record.input_shape, self.last_record.output_shape
         shapes = before[1:], after[1:], before[0]
-        branch, shortcut = self.branch.jacobian(), Rearrangement(*shapes)
-        past = shortcut if self.shortcut is None else self.shortcut.jacobian()
-        return Sum(branch, past, *shapes)
+        return Sum(self.branch.jacobian(), self.shortcut.jacobian(), *shapes)
 
 
 class _CrossTerms(Operator):
@@ -178,6 +158,16 @@ class _CrossTerms(Operator):
     def product(self, rows: Tensor) -> Tensor:
         A, B, H = self._A, self._B, self._H
         return A.vjp(H.product(B.jvp(rows))) + B.vjp(H.product(A.jvp(rows)))
+
+
+def checked(module: object, name: str, of: nn.Module) -> HBPModule:
+    """The module, if it sends curvature backward; or TypeError."""
+    if not isinstance(module, HBPModule):
+        raise TypeError(
+            f"{name} of this {type(of).__name__} is {module}, which sends no curvature "
+            "backward. Use HBP layers, or convert(model)."
+        )
+    return module
 
 
 def require_distinct(module: nn.Module) -> None:

@@ -72,6 +72,7 @@ class Reading:
         blocks: The curvature that will be left on each parameter.
         statistics: What has to be finite: the largest entry of a tensor, in absolute
             value, its name, and whose it is. Not the tensor, which holds all samples.
+        at: The layer that is asked, so that an error can say where it is.
     """
 
     modify: Any
@@ -80,6 +81,7 @@ class Reading:
     batch: Batch
     blocks: dict[Tensor, Operator] = field(default_factory=dict)
     statistics: list[tuple[Tensor, str, nn.Module]] = field(default_factory=list)
+    at: list[nn.Module] = field(default_factory=list)
 
     def through(
         self, H: Operator, J: Jacobian, of: HBPModule, average: bool, R: Term
@@ -117,6 +119,7 @@ class Reading:
         sizes = torch.stack([size for size, _, _ in self.statistics]).tolist()
         for size, (_, what, layer) in zip(sizes, self.statistics, strict=True):
             if not math.isfinite(size):
+                self.at[:] = [layer]
                 raise ArithmeticError(
                     f"The {what} of {layer} contains NaN or infinity. Check the "
                     "inputs, the weights and the loss of the last forward pass."
@@ -370,11 +373,17 @@ class HBPModule(nn.Module):
             samples = len(H.matrices) if isinstance(H, SampleBlocks) else None
             nonnegative = modify_2nd_order_terms not in (None, "none")
             reading = Reading(modify, nonnegative, samples, batch)
-            input_hessian = self.pull_back(H, reading, further)
+            try:
+                input_hessian = self.pull_back(H, reading, further)
+                reading.require_finite()
+            except Exception as error:
+                for name, module in self.named_modules():
+                    if name and module in reading.at:
+                        error.add_note(f"It is layer {name!r} of the model.")
+                raise
             for name, p in self.named_parameters():
                 if p.requires_grad and p not in reading.blocks:
                     raise TypeError(f"No rule gives {name} its curvature. {NO_RULE}")
-            reading.require_finite()
             return input_hessian, reading
 
         with torch.no_grad(), full_precision():
@@ -418,6 +427,7 @@ class HBPModule(nn.Module):
 
     def _require_usable(self, H: Operator, reading: Reading) -> None:
         """Raise unless there is a record that ``H`` fits."""
+        reading.at[:] = [self]
         self.check_record()
         record = self.last_record
         count, features = record.output_shape[0], record.output_shape[1:].numel()

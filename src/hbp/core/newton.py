@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple, overload
 
@@ -253,7 +253,7 @@ def _steps(index: int, group: dict[str, Any]) -> list[_Step]:
         options = {**group, "check_every": CHECK_EVERY if alone is None else 1}
         solved = (_by_cg if by_cg else _directly)(equations, options)
         for equation, (y, margin, facts) in zip(equations, solved, strict=True):
-            info = partial(_info, equation, group["alpha"], margin, facts)
+            info = cache(partial(_info, equation, group["alpha"], margin, facts))
             steps.append(_Step(equation, y, float(group["lr"]), info))
     return steps
 
@@ -398,7 +398,7 @@ def _damped(
     systems: Sequence[System], alpha: float
 ) -> Callable[[Sequence[int], Tensor], Product]:
     """p ↦ [(1-α) λ H + αI] p, row by row. Rows with the same H share its product."""
-    operators = [system.operator for system in systems for _ in system.scales]
+    operators = [s.operator for s in systems for _ in range(len(s.scales))]
     numbers = list(map(id, operators))
     scales = torch.cat([s.scales for s in systems])[:, None] * (1 - alpha)
 

@@ -601,8 +601,9 @@ class KroneckerBlock(SymmetricOperator):
         self.require_fresh()
         B, (values, Q) = b.view(self.sizes), self.spectrum
         Y = B @ Q
-        is_whole = (values > 0).sum() == B.shape[1]
-        length = torch.where(is_whole, 0, _remainder_norm(B, Y, Q))
+        length = _remainder_norm(B, Y, Q)
+        if len(values) == B.shape[1]:
+            length = torch.where((values > 0).all(), 0, length)
         rhs = torch.cat([Y.T, Y.new_zeros(len(values), 1)], dim=1)
         rhs[0, -1] = length
 
@@ -744,16 +745,16 @@ def _remainder_norm(B: Tensor, Y: Tensor, Q: Tensor) -> Tensor:
     y⊥/‖B⊥‖ tells by how much B⊥ itself, however small, is to be scaled. A length of
     1e-15 ‖B‖ has no say in any inner product.
 
-    B⊥ is formed a few rows at a time, so that it stays in the cache and no array of the
-    weight's size is made. Pythagoras would be cheaper, but cannot tell a B⊥ below
-    1e-3 ‖B‖ from round-off in float32.
+    Pythagoras tells it, row by row, where that cancels few digits. Only where a look
+    costs nothing is it asked; elsewhere B⊥ is formed, a few rows at a time, so that it
+    stays in the cache and no array of the weight's size is made.
     """
     norm, rows = torch.linalg.vector_norm, max(1, REMAINDER_ENTRIES // B.shape[1])
-    lengths = []
-    for b, y in zip(B.split(rows), Y.split(rows), strict=True):
-        if Q.shape[1] == 1:
-            remainder = torch.addr(b, y[:, 0], Q[:, 0], alpha=-1)
-        else:
-            remainder = torch.addmm(b, y, Q.T, alpha=-1)
-        lengths.append(norm(remainder))
+    if B.device.type in settings.FREE_LOOKS:
+        whole, inside = norm(B, dim=1), norm(Y, dim=1)
+        square = ((whole - inside) * (whole + inside)).sum()
+        if bool(square > settings.CANCELLING * (whole @ whole)):
+            return square.sqrt()
+    parts = zip(B.split(rows), Y.split(rows), strict=True)
+    lengths = [norm(torch.addmm(b, y, Q.T, alpha=-1)) for b, y in parts]
     return torch.maximum(norm(torch.stack(lengths)), NEGLIGIBLE * norm(Y))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.core.containers import HBPSequential, require_distinct
+from hbp.core.containers import HBPSequential, checked, require_distinct
 from hbp.core.jacobians import Batch, Jacobian, SharedJacobian
 from hbp.core.module import HBPModule, Reading
 from hbp.core.operators import Congruence, OperatorSum, ZeroOperator
@@ -40,11 +40,7 @@ class HBPParallel(HBPModule):
     def __init__(self, *paths: HBPModule) -> None:
         super().__init__()
         for path in paths or (None,):
-            if not isinstance(path, HBPModule):
-                raise TypeError(
-                    f"{path} is no path, for it sends no curvature backward. Give "
-                    "HBPParallel HBP layers, or convert(model)."
-                )
+            checked(path, "A path", self)
         self.shapes = self.recorded_shapes = list[torch.Size]()
         self._modules.update({str(i): path for i, path in enumerate(paths)})
 
