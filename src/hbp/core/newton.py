@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -309,8 +309,7 @@ def _info(
     Raises:
         ArithmeticError: d is no solution.
     """
-    columns = tuple(zip(*facts, strict=True))
-    iterations, residuals, converged, bent, left, overlaps, norms, descents = columns
+    iterations, residuals, converged, bent, left, overlaps, norms, descents = facts
     residual, norm = math.hypot(*residuals), math.hypot(*norms)
     overlap, descent = sum(overlaps), sum(descents)
     if not (math.isfinite(residual + norm) and margin > 1):
@@ -338,7 +337,7 @@ def _blame(equation: _Equation, margin: float, alpha: float) -> str:
 
 
 # --- Two solvers. Each returns d in coordinates, a margin above 1 if the matrix is
-# --- regular, and for each row of the system the numbers that _info takes apart.
+# --- regular, and the numbers that _info takes apart, of each row of the system.
 
 _Facts = Sequence[Sequence[float]]
 _Solved = Sequence[tuple[Tensor, float, _Facts]]
@@ -359,11 +358,12 @@ def _by_cg(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solved:
         options["check_every"],
         0 if options["alpha"] else NULL_SLACK * torch.finfo(b.dtype).eps,
     )
-    facts, solved = iter(found.facts.tolist()), []
+    numbers, end, solved = found.facts.T.tolist(), 0, []
     for system, x in zip(systems, found.x.split(sizes), strict=True):
         if x.shape[1] > system.rhs.shape[1]:
             x = torch.cat([x[:, : system.rhs.shape[1] - 1], x[:, -1:]], dim=1)
-        solved.append((x, math.inf, list(islice(facts, len(x)))))
+        start, end = end, end + len(x)
+        solved.append((x, math.inf, [column[start:end] for column in numbers]))
     return solved
 
 
@@ -434,8 +434,8 @@ def _directly(equations: Sequence[_Equation], options: dict[str, Any]) -> _Solve
         columns += [*norms, (y.double() * system.rhs).sum(), margin.double()]
     numbers = torch.stack(columns).view(-1, 4).tolist()  # The host waits here.
     return [
-        (y, margin, [[0, residual, True, False, False, 0.0, norm, descent]])
-        for y, (residual, norm, descent, margin) in zip(solutions, numbers, strict=True)
+        (y, margin, [[n] for n in (0, r, True, False, False, 0.0, norm, descent)])
+        for y, (r, norm, descent, margin) in zip(solutions, numbers, strict=True)
     ]
 
 
