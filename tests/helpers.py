@@ -27,8 +27,8 @@ EXACT = {"rtol": 1e-11, "atol": 1e-12}
 
 # Pages whose examples print what the page shows, to so much. Measured for treatments:
 # inputs that differ by a millionth change none of the digits shown, and one unit of the
-# last is up to a tenth of a number such as 1.1. Of networks trained in float64, changes of
-# 1e-15 change none either, with one and two threads; of those in float32 shares by 7 %.
+# last is up to a tenth of a number such as 1.1. Of networks trained in float64, changes
+# of 1e-15 change none either, with one and two threads; in float32, shares by 7 %.
 SHARE = 0.1
 COMPARED = {"treatments.md": 0.1, "uses.md": 0.1, "README.md": 0.3}
 

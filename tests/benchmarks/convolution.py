@@ -15,24 +15,11 @@ from torch import Tensor, nn
 from benchmarks import memory, table
 from benchmarks.measure import STILL
 from benchmarks.points import have_cifar10
-from benchmarks.steps import LOSS, Make, Newton, sgd
-from hbp import per_sample_hessian, set_seeds
+from benchmarks.steps import ExactNewton, Make, Newton, sgd
+from hbp import set_seeds
 from hbp.tutorial.datasets import cifar10
 
 BATCH, STEPS = 128, 100
-
-
-class ExactNewton(Newton):
-    """hbp's step by exact products: the block diagonal of the GGN, not averaged."""
-
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        outputs = self.model(images)
-        loss = LOSS(outputs, labels)
-        self.optimizer.zero_grad()
-        hessian = per_sample_hessian(loss, outputs)
-        loss.backward()
-        self.model.backward_hessian(hessian, modify_2nd_order_terms="zero")
-        self.optimizer.step()
 
 
 METHODS: dict[str, tuple[Make, float]] = {

@@ -5,7 +5,8 @@ methods damp by the same α, and those that use conjugate gradients (CG) stop at
 same tolerance and number of products.
 
 They do not compute the same thing. hbp averages over the batch first, by default the
-Jacobians themselves, and takes the positive-curvature Hessian ("abs") of tutorial 02.
+Jacobians themselves, and takes the positive-curvature Hessian ("abs") of tutorial 02;
+its exact products are those of the blocks of the GGN, of which CG solves each.
 The others compute the GGN: exactly, of all parameters together (autograd) or in a block
 for each (GGNMP), or in Kronecker factors (KFRA, KFLR, KFAC). KFRA's factors are those
 of hbp with both kinds of averaged products and "zero".
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.distributed import ProcessGroup
 
-from hbp import CGNewton, cg, convert, output_hessian
+from hbp import CGNewton, cg, convert, output_hessian, per_sample_hessian
 
 ALPHA, CG_TOL, CG_MAXITER = 0.02, 0.1, 50
 LOSS = nn.CrossEntropyLoss()
@@ -37,6 +38,7 @@ class Newton:
 
     Attributes:
         process_group: Processes that share the batch, if it is shared.
+        treatment: Of second-order terms.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Newton:
     ) -> None:
         self.solver = solver
         self.process_group: ProcessGroup | None = None
+        self.treatment = "abs"
         self.model = convert(model)
         self.model.set_hbp_approximation(**scheme)
         self.optimizer = CGNewton(
@@ -67,7 +70,9 @@ class Newton:
         hessian = output_hessian(LOSS, outputs, labels)
         loss.backward()
         self.model.backward_hessian(
-            hessian, modify_2nd_order_terms="abs", process_group=self.process_group
+            hessian,
+            modify_2nd_order_terms=self.treatment,
+            process_group=self.process_group,
         )
         self.optimizer.step()
 
@@ -84,6 +89,19 @@ class Newton:
             infos[layer.weight].iterations + infos[layer.bias].iterations
             for layer in layers
         ]
+
+
+class ExactNewton(Newton):
+    """hbp's step by exact products: the block diagonal of the GGN, not averaged."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        outputs = self.model(images)
+        loss = LOSS(outputs, labels)
+        self.optimizer.zero_grad()
+        hessian = per_sample_hessian(loss, outputs)
+        loss.backward()
+        self.model.backward_hessian(hessian, modify_2nd_order_terms="zero")
+        self.optimizer.step()
 
 
 class Damped:
@@ -163,6 +181,12 @@ def direct(model: nn.Module, lr: float) -> Step:
     return Newton(model, lr, "direct")
 
 
+def direct_ggn(model: nn.Module, lr: float) -> Step:
+    newton = Newton(model, lr, "direct")
+    newton.treatment = "ggn"
+    return newton
+
+
 def direct_in_4_blocks(model: nn.Module, lr: float) -> Step:
     return Newton(model, lr, "direct").split(4)
 
@@ -190,11 +214,13 @@ OWN: dict[str, tuple[Make, float]] = {
     "Adam": (adam, 1e-3),
     "hbp, cg": (Newton, 0.15),
     "hbp, direct": (direct, 0.15),
+    "hbp, direct, GGN": (direct_ggn, 0.15),
     "hbp, direct, 4 sub-blocks": (direct_in_4_blocks, 0.15),
     "hbp, direct, 16 sub-blocks": (direct_in_16_blocks, 0.15),
     "hbp, cg, E[φ'φ'ᵀ]": (averaged_products_of_slopes, 0.15),
     "hbp, cg, E[xxᵀ]": (averaged_products_of_inputs, 0.15),
     "hbp, cg, E[φ'φ'ᵀ], E[xxᵀ]": (averaged_products, 0.15),
+    "hbp, cg, exact products": (ExactNewton, 0.1),
     "autograd, GGN by CG": (hessian_free, 0.1),
 }
 
