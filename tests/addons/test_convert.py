@@ -938,6 +938,9 @@ def test_samples_that_a_step_mixes_are_refused_in_the_pass() -> None:
     for step, shape in [
         (lambda m, x: x.transpose(0, 1), (6, 6)),
         (lambda m, x: x.mean(0, keepdim=True), (1, 6)),
+        # In the pass, where there are more rows, these would be other functions.
+        (lambda m, x: x * x.size(0), (5, 6)),
+        (lambda m, x: x / x.shape[0], (2, 6)),
     ]:
         twin = hbp.convert(Free(step).double())
         outputs = twin(randn(*shape).requires_grad_())
