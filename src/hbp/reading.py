@@ -175,7 +175,7 @@ class GraphReading:
         if called is None:
             return False
         if called in calls.SUMS and len(values) == 2 and not others:
-            return is_tuple(self._before[node])
+            return is_tuple(self._before[node]) or any(map(_keeps_a_place, values))
         if called not in calls.STEPS or len(values) > 1:
             return True
         sizes = called in calls.RESHAPES and all(map(_is_batch_size, others))
@@ -437,7 +437,8 @@ class GraphReading:
 
     def _is_affine(self, node: fx.Node) -> bool:
         known = called_by(node) in (*calls.PICKS, *calls.RESHAPES, *calls.CALLS)
-        return known and len(self._values(node)) == 1 and node.args[0] in self._depends
+        first = len(self._values(node)) == 1 and node.args[0] in self._depends
+        return (known and first) or called_by(node) in calls.SUMS
 
     def noted(self, value: fx.Node) -> NotedShape:
         """Who notes the shape of a value as it runs."""
@@ -528,6 +529,11 @@ class GraphReading:
         return TypeError(
             f"convert() cannot turn {self._where} into HBP layers: {what}.\n{_WAY_OUT}"
         )
+
+
+def _keeps_a_place(node: fx.Node) -> bool:
+    """Whether it is a mean or the like with keepdim, which a sum would broadcast."""
+    return bool(node.kwargs.get("keepdim")) or any(arg is True for arg in node.args)
 
 
 def _is_batch_size(size: Any) -> bool:
