@@ -196,9 +196,10 @@ def _last_layer(module: nn.Module) -> nn.Module:
     """The one whose outputs are those of the model, or of a path into their sum."""
     if isinstance(module, Converted):
         module = vars(module)["_chain"]
-    children = [child for child in module._modules.values() if child is not None]
-    is_nest = isinstance(module, HBPSequential | HBPResidual) and children
-    return _last_layer(children[-1]) if is_nest else module
+    is_nest = isinstance(module, HBPSequential | HBPResidual)
+    found = map(_last_layer, reversed([*module.children()] if is_nest else []))
+    # An empty chain, which is the identity, has no record.
+    return next((layer for layer in found if "last_record" in vars(layer)), module)
 
 
 class Line:

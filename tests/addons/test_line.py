@@ -812,6 +812,24 @@ def test_outputs_are_those_of_the_model(
         CGNewton(model.parameters()).step()
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_outputs_of_a_shortcut_that_is_the_identity(nested: bool) -> None:
+    """The empty chain beside the branch is not the last layer."""
+    branch = hbp.HBPSequential(hbp.HBPTanh(), hbp.HBPLinear(4, 4))
+    block: HBPModule = hbp.HBPResidual(branch)
+    if nested:
+        block = hbp.HBPSequential(block, hbp.HBPSequential())
+    model = hbp.HBPSequential(hbp.HBPLinear(3, 4), block)
+    outputs, labels = model(torch.randn(6, 3)), torch.arange(6) % 4
+    other = 3 * outputs.softmax(1)
+    with pytest.raises(ValueError, match="are not those of the last forward"):
+        hbp.backward(model, other, F.cross_entropy(other, labels))
+    model.zero_grad()
+    outputs = model(torch.randn(6, 3))
+    hbp.backward(model, outputs, F.cross_entropy(outputs, labels))
+    assert all(p.hessian is not None for p in model.parameters())
+
+
 def test_outputs_may_be_a_view() -> None:
     model, x, _ = prepared()
     losses = []

@@ -18,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hbp
-from hbp.core import settings
 from hbp.core.settings import CHECK_EVERY
 from hbp.operators import DenseOperator
 
@@ -95,8 +94,6 @@ def moves(name: str, args: Any, kwargs: Any) -> bool:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """The counter, where a look costs what it does on a GPU."""
-    monkeypatch.setattr(settings, "FREE_LOOKS", ())
     return Reads(monkeypatch)
 
 

@@ -320,6 +320,21 @@ def test_a_gradient_that_is_not_finite_is_no_second_order_term(bad: float) -> No
     model.backward_hessian(H, modify_2nd_order_terms="zero")
 
 
+def test_a_child_that_is_refused_is_named_by_its_chain_alone() -> None:
+    """No note tells of the layer that was looked at before."""
+    inner = HBPSequential(HBPLinear(4, 3), HBPSigmoid(), HBPLinear(3, 3))
+    model = HBPSequential(inner, HBPSigmoid(), HBPLinear(3, 3)).double()
+    forward(model)[0].backward()
+    inner.append(nn.Tanh())
+    refused = refuses(
+        model,
+        TypeError,
+        "Child '3' of this HBPSequential is Tanh",
+        lambda: model.backward_hessian(H),
+    )
+    assert not hasattr(refused, "__notes__")
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_not_finite_in_a_branch_without_parameters(average: bool) -> None:
     """Its derivative is part of a sum, and is looked at as if it stood alone."""

@@ -72,7 +72,7 @@ class Reading:
         blocks: The curvature that will be left on each parameter.
         statistics: What has to be finite: the largest entry of a tensor, in absolute
             value, its name, and whose it is. Not the tensor, which holds all samples.
-        at: The layer that is asked, so that an error can say where it is.
+        at: The layer that is looked at, so that an error can say where it is.
     """
 
     modify: Any
@@ -377,9 +377,9 @@ class HBPModule(nn.Module):
                 input_hessian = self.pull_back(H, reading, further)
                 reading.require_finite()
             except Exception as error:
-                for name, module in self.named_modules():
-                    if name and module in reading.at:
-                        error.add_note(f"It is layer {name!r} of the model.")
+                names = [n for n, m in self.named_modules() if n and m in reading.at]
+                for name in names:
+                    error.add_note(f"It is layer {name!r} of the model.")
                 raise
             for name, p in self.named_parameters():
                 if p.requires_grad and p not in reading.blocks:
@@ -453,6 +453,7 @@ class HBPModule(nn.Module):
                 f"output_hessian is {H.dtype} on {H.device}, but that of {self} must "
                 f"be {dtype} on {device}. Convert it with .to(...)."
             )
+        reading.at.clear()
 
     def _require_fit(self, rule: str, J: Jacobian, entering: int) -> None:
         """Raise unless a rule's map fits; matrices would broadcast, or fail far off."""

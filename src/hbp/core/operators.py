@@ -745,16 +745,16 @@ def _remainder_norm(B: Tensor, Y: Tensor, Q: Tensor) -> Tensor:
     y⊥/‖B⊥‖ tells by how much B⊥ itself, however small, is to be scaled. A length of
     1e-15 ‖B‖ has no say in any inner product.
 
-    Pythagoras tells it, row by row, where that cancels few digits. Only where a look
-    costs nothing is it asked; elsewhere B⊥ is formed, a few rows at a time, so that it
-    stays in the cache and no array of the weight's size is made.
+    B⊥ is formed a few rows at a time, so that it stays in the cache and no array of the
+    weight's size is made. Pythagoras would be cheaper, but multiplies the round-off of
+    BQ by ‖B‖²/‖B⊥‖².
     """
     norm, rows = torch.linalg.vector_norm, max(1, REMAINDER_ENTRIES // B.shape[1])
-    if B.device.type in settings.FREE_LOOKS:
-        whole, inside = norm(B, dim=1), norm(Y, dim=1)
-        square = ((whole - inside) * (whole + inside)).sum()
-        if bool(square > settings.CANCELLING * (whole @ whole)):
-            return square.sqrt()
-    parts = zip(B.split(rows), Y.split(rows), strict=True)
-    lengths = [norm(torch.addmm(b, y, Q.T, alpha=-1)) for b, y in parts]
+    lengths = []
+    for b, y in zip(B.split(rows), Y.split(rows), strict=True):
+        if Q.shape[1] == 1:
+            remainder = torch.addr(b, y[:, 0], Q[:, 0], alpha=-1)
+        else:
+            remainder = torch.addmm(b, y, Q.T, alpha=-1)
+        lengths.append(norm(remainder))
     return torch.maximum(norm(torch.stack(lengths)), NEGLIGIBLE * norm(Y))

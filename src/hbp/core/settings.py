@@ -30,16 +30,6 @@ ENTRIES_AT_ONCE: Final = 2**24
 REMAINDER_ENTRIES: Final = 2**19
 """Entries of a gradient's remainder that are formed at a time: 2 MiB in float32."""
 
-CANCELLING: Final = 0.01
-"""Share of ‖B‖² below which ‖B⊥‖² is not taken for ‖B‖² - ‖BQ‖².
-
-In float32, in gradients of up to [1024, 3072] and of 1 to 64 rows F, the length is off
-by at most 2e-7 of itself at a share of 0.5, by 1.2e-5 at 0.01, by 1.3e-3 at 1e-4.
-"""
-
-FREE_LOOKS: Final[tuple[str, ...]] = ("cpu",)
-"""Devices that are not kept waiting when the host looks at a number."""
-
 NEGLIGIBLE: Final = 1e-15
 """A length, relative to others, that has no say in any inner product."""
 
