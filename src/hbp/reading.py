@@ -175,7 +175,10 @@ class GraphReading:
         if called is None:
             return False
         if called in calls.SUMS and len(values) == 2 and not others:
-            return is_tuple(self._before[node]) or any(map(_keeps_a_place, values))
+            broadcasts = called not in calls.IN_PLACE and any(
+                map(_keeps_a_place, values)
+            )
+            return broadcasts or is_tuple(self._before[node])
         if called not in calls.STEPS or len(values) > 1:
             return True
         sizes = called in calls.RESHAPES and all(map(_is_batch_size, others))
@@ -533,7 +536,7 @@ class GraphReading:
 
 def _keeps_a_place(node: fx.Node) -> bool:
     """Whether it is a mean or the like with keepdim, which a sum would broadcast."""
-    return bool(node.kwargs.get("keepdim")) or any(arg is True for arg in node.args)
+    return bool(node.kwargs.get("keepdim")) or node.args[2:] == (True,)
 
 
 def _is_batch_size(size: Any) -> bool:

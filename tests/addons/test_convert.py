@@ -708,6 +708,10 @@ STEPS: dict[str, tuple[Step, tuple[int, ...]]] = {
     "centred by position": (lambda m, x: x.sum(1, True).sub(x, alpha=2), (3, 2, 6)),
     "centred and shifted": (lambda m, x: 2 - (x.mean(1, keepdim=True) - x), VECTOR),
     "without the norm": (lambda m, x: x - x.norm(dim=1, keepdim=True), VECTOR),
+    "with the mean of a place": (
+        lambda m, x: F.silu(x).add_(F.avg_pool1d(x, 3, 1, 1, False, True)),
+        (3, 2, 6),
+    ),
     "of a branch's mean": (lambda m, x: x + x.tanh().mean(1, keepdim=True), VECTOR),
     "scaled": (lambda m, x: 2 * x / 3 * 0.7, VECTOR),
     "scaled by methods": (lambda m, x: x.mul(2).div(3).neg(), VECTOR),
@@ -946,6 +950,11 @@ def test_samples_that_a_step_mixes_are_refused_in_the_pass() -> None:
         # In the pass, where there are more rows, these would be other functions.
         (lambda m, x: x * x.size(0), (5, 6)),
         (lambda m, x: x / x.shape[0], (2, 6)),
+        # One sample goes into all.
+        (lambda m, x: x - x[:1].mean(1, keepdim=True), (4, 6)),
+        (lambda m, x: x[1:2] - x.mean(1, keepdim=True), (4, 6)),
+        (lambda m, x: x[-1] - x.mean(1, keepdim=True), (4, 6)),
+        (lambda m, x: x - x[:2].mean(0, keepdim=True), (4, 6)),
     ]:
         twin = hbp.convert(Free(step).double())
         outputs = twin(randn(*shape).requires_grad_())

@@ -120,14 +120,15 @@ class HBPCall(Noted, AffineRule, _Call):
         before, after = self.last_record.input_shape, self.last_record.output_shape
         if vars(self).get("_separate") == (before[1:], after[1:]):
             return
-        # Of fewer samples it has to make the same; of one, squeeze() would leave none.
+        # Of any two of three samples it has to make the same, whichever comes first; of
+        # one, squeeze() would leave none.
         dtype, device = self.last_record.kind
         count = torch.arange(3 * before[1:].numel(), dtype=dtype, device=device)
         three = count.cos().view(3, *before[1:])
-        few, all_three = _Call.forward(self, three[:2]), _Call.forward(self, three)
-        shapes = (2, *after[1:]), (3, *after[1:])
-        is_kept = (few.shape, all_three.shape) == shapes
-        if not (is_kept and torch.allclose(few, all_three[:2])):
+        made = [_Call.forward(self, x) for x in (three, three[:2], three[1:])]
+        is_kept = [z.shape for z in made] == [(n, *after[1:]) for n in (3, 2, 2)]
+        pairs = zip(made[1:], (made[0][:2], made[0][1:]), strict=True)
+        if not (is_kept and all(torch.allclose(few, among) for few, among in pairs)):
             raise ValueError(
                 f"{self} made {list(after)} of {list(before)}, but does not keep the "
                 "samples apart, or counts them. Dimension 0 has to stay as it is."
